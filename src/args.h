@@ -1,0 +1,30 @@
+// Args: the views that one call binds, stage by stage. plan.cc places the views between stages in the workspace.
+#pragma once
+
+#include "combine/combine.h"
+#include "executor.h"
+#include "gemm1/gemm1.h"
+#include "gemm2/gemm2.h"
+#include "machine.h"
+#include "route/route.h"
+#include "weights/expert_table.h"
+
+namespace fourmoe {
+
+struct Args {
+  const Problem* problem = nullptr;
+  const Machine* machine = nullptr;
+  Executor* executor = nullptr;
+  weights::ExpertTable weights;
+  i32 tokens = 0;         // rows in use, <= problem->max_tokens
+  format::Tensor hidden;  // [tokens, hidden] bf16|f16|f32; caller's
+
+  route::In picks;
+  route::Out slots;
+  gemm1::Out inter;
+  gemm2::Out partial;
+  combine::In addend;
+  combine::Out output;
+};
+
+}  // namespace fourmoe

@@ -1,0 +1,26 @@
+// Executor: the one way in which fourmoe uses several threads.
+//
+// A host program that owns a thread pool passes its own; otherwise oneTBB runs the tasks. Tasks are independent,
+// are taken dynamically and may run in any order on any thread: results never depend on it.
+#pragma once
+
+#include <functional>
+
+#include "format/number.h"
+
+namespace fourmoe {
+
+class Executor {
+ public:
+  using Task = std::function<void(i64 index)>;
+
+  virtual ~Executor() = default;
+  virtual i32 threads() const = 0;                             // upper bound of tasks at work at once, >= 1
+  virtual void parallel_for(i64 count, const Task& task) = 0;  // returns when task(0..count-1) have all returned
+};
+
+// The process's oneTBB executor with `threads` threads (0: as many as the machine offers). Executors are kept, so
+// asking again is cheap.
+Executor& tbb_executor(i32 threads = 0);
+
+}  // namespace fourmoe

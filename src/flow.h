@@ -1,0 +1,154 @@
+// Flow: THE map. A layer is four stages; a step computes a contiguous span of them; a plan is a cover.
+//
+//   hidden states, logits or picks
+//        |
+//      route     who goes where: picks (token-expert choices) and slots (rows sorted by expert)
+//        |
+//      gemm1     gate and up projections, bias, clamp, activation; the result rounded for gemm2
+//        |
+//      gemm2     down projection and its bias
+//        |
+//      combine   routing weights, sum back to tokens in a fixed order, plus the shared experts
+//        |
+//      output
+//
+// Stage folders hold each stage's contract (route/route.h, gemm1/gemm1.h, ...); backends/ holds rooms with the
+// machine's way to meet them; backends/list.cc lists every step; plan.h chooses. Read backends/reference/whole.cc
+// next: it is the whole layer in plain double.
+#pragma once
+
+#include <array>
+#include <string>
+#include <string_view>
+
+#include "format/tensor.h"
+#include "status.h"
+
+namespace fourmoe {
+
+struct Args;     // args.h: all views that one call of the layer binds
+struct Machine;  // machine.h: what this host can do
+
+enum class Stage : u8 { route, gemm1, gemm2, combine };  // in flow order
+inline constexpr std::array<std::string_view, 4> kStageNames = {"route", "gemm1", "gemm2", "combine"};
+
+// Stages first..last, both inclusive.
+struct Span {
+  Stage first;
+  Stage last;
+};
+
+enum class Precision : u8 {
+  w4a16,  // activations bf16 or f16, weights exact
+  w4a4,   // activations and the intermediate quantised to NVFP4: the numerics of native Blackwell
+};
+
+constexpr std::string_view precision_name(Precision precision) {
+  return precision == Precision::w4a16 ? "w4a16" : "w4a4";
+}
+
+enum class ActivationKind : u8 { swiglu, swiglu_clamped, geglu_erf, geglu_tanh, relu2 };
+
+constexpr std::string_view activation_name(ActivationKind kind) {
+  switch (kind) {
+    case ActivationKind::swiglu: return "swiglu";
+    case ActivationKind::swiglu_clamped: return "swiglu_clamped";
+    case ActivationKind::geglu_erf: return "geglu_erf";
+    case ActivationKind::geglu_tanh: return "geglu_tanh";
+    case ActivationKind::relu2: return "relu2";
+  }
+  return "unknown";
+}
+
+// Formulas in gemm1/activation.h. relu2 has no gate: the layer's up projection alone is activated.
+struct Activation {
+  ActivationKind kind = ActivationKind::swiglu;
+  f32 alpha = 1.702f;  // swiglu_clamped: slope of the sigmoid
+  f32 beta = 1.0f;     // swiglu_clamped: added to up
+  f32 limit = 7.0f;    // swiglu_clamped: gate <= limit, |up| <= limit
+
+  bool gated() const { return kind != ActivationKind::relu2; }
+};
+
+enum class Score : u8 { softmax, sigmoid, sqrt_softplus, none };
+
+constexpr std::string_view score_name(Score score) {
+  switch (score) {
+    case Score::softmax: return "softmax";
+    case Score::sigmoid: return "sigmoid";
+    case Score::sqrt_softplus: return "sqrt_softplus";
+    case Score::none: return "none";
+  }
+  return "unknown";
+}
+
+// How logits become picks: the parts in the order in which they apply. Formulas in route/route.h.
+struct Routing {
+  Score score = Score::softmax;
+  i32 groups = 1;                // experts are split into this many equal groups ...
+  i32 groups_kept = 1;           // ... of which the best are kept before top-k
+  i32 group_best = 2;            // a group's score is the sum of its best 1 or 2 experts
+  bool renormalise = true;       // weights divided by their sum
+  f32 scale = 1.0f;              // then multiplied by this (routed_scaling_factor)
+  bool weight_on_input = false;  // weight multiplies the token before gemm1 (Llama-4; needs top_k 1)
+};
+
+// What a layer is, apart from its weights' values.
+struct Problem {
+  i32 hidden = 0;   // H: columns of a token, multiple of 16
+  i32 inter = 0;    // I: intermediate size of one expert, multiple of 16
+  i32 experts = 0;  // E of the whole layer, 1..1024
+  i32 top_k = 0;    // k, 1..32
+  Activation activation;
+  Routing routing;
+  Precision precision = Precision::w4a16;
+  format::Encoding encoding = format::Encoding::nvfp4;  // of the experts' weights
+  format::Dtype activations = format::Dtype::bf16;      // bf16 or f16: rounding of tokens and intermediate in w4a16
+  i32 first_expert = 0;  // local experts are [first_expert, first_expert + local_experts)
+  i32 local_experts = 0;
+  i32 max_tokens = 0;  // T: most tokens in one call, >= 0
+};
+
+// Answer of can(): accepted, or a reason with a sentence that names the value that would pass.
+struct Verdict {
+  Reason reason = Reason::ok;
+  std::string detail;
+
+  bool accepted() const { return reason == Reason::ok; }
+};
+
+inline Verdict accept() { return {}; }
+inline Verdict reject(Reason reason, std::string detail) { return {reason, std::move(detail)}; }
+
+// Memory that a step may scribble on during run; never kept between calls.
+struct Workspace {
+  std::byte* data = nullptr;  // 64-byte aligned; caller's
+  i64 bytes = 0;
+};
+
+struct Step;
+
+// A step with its views checked and fixed: all that run needs.
+struct Bound {
+  const Step* step = nullptr;
+  const Args* args = nullptr;    // outlives the call
+  std::byte* scratch = nullptr;  // bytes() bytes, 64-byte aligned
+};
+
+// One implementation of a span of stages. `run` allocates nothing that grows with the call, overwrites its outputs
+// and touches no row beyond those in use.
+struct Step {
+  std::string_view room;  // "reference", "cpu", ...; "host" for bodies in stage folders
+  std::string_view name;  // "gemm1", "whole", ...
+  Span span;
+  Verdict (*can)(const Problem&, const Machine&);  // pure
+  i64 (*bytes)(const Problem&, const Machine&);    // scratch for max_tokens
+  Status (*run)(const Bound&);
+  std::string (*describe)(const Problem&,
+                          const Machine&);  // the choice it makes (instruction level, tile); may be null
+};
+
+// Checks that hold for every step; the first thing that plan asks.
+Verdict check(const Problem& problem);
+
+}  // namespace fourmoe

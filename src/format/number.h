@@ -1,0 +1,105 @@
+// Number: the scalar types of the project and the conversions between f32 and the small floats.
+//
+// Rounding is to nearest, ties to even, everywhere. Conversions work on bits, so they give the same result
+// on every compiler and at every instruction level.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace fourmoe {
+
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+using i32 = std::int32_t;
+using i64 = std::int64_t;
+using f32 = float;
+using f64 = double;
+
+namespace format {
+
+// bf16: the upper half of an f32.
+inline f32 from_bf16(u16 bits) { return std::bit_cast<f32>(u32{bits} << 16); }
+
+inline u16 to_bf16(f32 value) {
+  const u32 bits = std::bit_cast<u32>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<u16>((bits >> 16) | 0x40u);  // NaN stays NaN
+  return static_cast<u16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// f16: 1 sign, 5 exponent (bias 15), 10 mantissa bits.
+inline f32 from_f16(u16 bits) {
+  const u32 sign = u32{bits & 0x8000u} << 16;
+  const u32 magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return std::bit_cast<f32>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Placing the bits 13 higher leaves the exponent short by 127 - 15; the product restores it and subnormals.
+  const f32 scaled = std::bit_cast<f32>(magnitude << 13) * 0x1p112f;
+  return std::bit_cast<f32>(sign | std::bit_cast<u32>(scaled));
+}
+
+// Overflow gives infinity, as IEEE 754 demands; to_f16_saturated stops at 65504.
+inline u16 to_f16(f32 value) {
+  const u32 bits = std::bit_cast<u32>(value);
+  const u32 sign = (bits >> 16) & 0x8000u;
+  const u32 magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<u16>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<u16>(sign | 0x7c00u);  // 65520 and above
+  if (magnitude < 0x38800000u) {                                          // below 2^-14: subnormal in f16
+    const f32 shifted = std::bit_cast<f32>(magnitude) + 0.5f;             // ulp of 0.5f is 2^-24, f16's too
+    return static_cast<u16>(sign | (std::bit_cast<u32>(shifted) - 0x3f000000u));
+  }
+  const u32 rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<u16>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+inline u16 to_f16_saturated(f32 value) {
+  if (value > 65504.0f) return 0x7bffu;
+  if (value < -65504.0f) return 0xfbffu;
+  return to_f16(value);
+}
+
+// E4M3 ("fn": no infinities): 1 sign, 4 exponent (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN; largest 448.
+inline f32 from_e4m3(u8 byte) {
+  const u32 magnitude = byte & 0x7fu;
+  const f32 sign = (byte & 0x80u) != 0 ? -1.0f : 1.0f;
+  if (magnitude == 0x7fu) return sign * std::bit_cast<f32>(0x7fc00000u);
+  const i32 exponent = static_cast<i32>(magnitude >> 3);
+  const f32 mantissa = static_cast<f32>(magnitude & 7u);
+  return sign * (exponent == 0 ? mantissa * 0x1p-9f : std::ldexp(8.0f + mantissa, exponent - 10));
+}
+
+// Saturates at 448; NaN gives 0x7f.
+inline u8 to_e4m3(f32 value) {
+  const u32 bits = std::bit_cast<u32>(value);
+  const u8 sign = static_cast<u8>((bits >> 24) & 0x80u);
+  const f32 magnitude = std::bit_cast<f32>(bits & 0x7fffffffu);
+  if (!(magnitude == magnitude)) return static_cast<u8>(sign | 0x7fu);
+  if (magnitude >= 448.0f) return static_cast<u8>(sign | 0x7eu);
+  // Adding a power of two whose ulp is E4M3's step at this magnitude rounds there, ties to even.
+  const i32 exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
+  const f32 anchor = std::ldexp(1.0f, exponent + 20);                     // ulp 2^(exponent - 3)
+  const f32 rounded = (magnitude + anchor) - anchor;                      // f32 carries 23 mantissa bits
+  const i32 steps = static_cast<i32>(std::ldexp(rounded, 3 - exponent));  // 8..16, or 0..8 when subnormal
+  return static_cast<u8>(sign | static_cast<u8>(((exponent + 6) << 3) + steps));
+}
+
+// E8M0: 2^(byte - 127); 255 is NaN.
+inline f32 from_e8m0(u8 byte) {
+  if (byte == 255) return std::bit_cast<f32>(0x7fc00000u);
+  return byte == 0 ? 0x1p-127f : std::bit_cast<f32>(u32{byte} << 23);
+}
+
+// A scalar read from memory of any alignment.
+template <class T>
+T load(const void* address) {
+  T value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+}
+
+}  // namespace format
+}  // namespace fourmoe

@@ -1,0 +1,22 @@
+// gemm1: every slot's token times the gate and up projections of its expert, and the activation.
+//
+//   gate = global_gate * sum_k W_gate[i, k] x[k] + bias_gate[i]      (up alike; no gate for relu2)
+//   y    = activate(gate, up), rounded for gemm2
+// x in w4a16: the token rounded to Problem::activations (exact unless it is f32), times the routing weight and rounded
+// again if that weighs the input. x in w4a4: E2M1 * E4M3 from route, and the layer's input scale joins the globals.
+// Products are exact; sums are f32 or better; a slot's result does not depend on the other slots.
+// Bound: rel-L2 <= 2e-4 against the reference before y is rounded, <= 3e-3 after bf16 rounding, <= 1e-2 for w4a4.
+#pragma once
+
+#include "flow.h"
+
+namespace fourmoe::gemm1 {
+
+// Overwritten; rows beyond the slots in use are left alone.
+struct Out {
+  u16* rows = nullptr;   // [slots, inter] bf16 or f16 (Problem::activations); null unless w4a16
+  u8* codes = nullptr;   // [slots, inter/2] E2M1 pairs, low nibble first; null unless w4a4
+  u8* scales = nullptr;  // [slots, inter/16] E4M3; null unless w4a4
+};
+
+}  // namespace fourmoe::gemm1

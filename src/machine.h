@@ -1,0 +1,35 @@
+// Machine: what this host can do, probed once. The only place where environment variables are read.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "format/number.h"
+
+namespace fourmoe {
+
+// Instruction levels of the cpu room, each including those before it.
+enum class CpuLevel : u8 { portable, avx2, avx512 };
+
+constexpr std::string_view cpu_level_name(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::portable: return "portable";
+    case CpuLevel::avx2: return "avx2";
+    case CpuLevel::avx512: return "avx512";
+  }
+  return "unknown";
+}
+
+struct Machine {
+  std::string cpu_name;                     // as the processor reports itself; "unknown" where it does not
+  CpuLevel cpu_level = CpuLevel::portable;  // best level that processor and operating system offer, or the forced one
+  bool cpu_level_forced = false;            // by FOURMOE_CPU_LEVEL
+  i32 cores = 1;                            // hardware threads that this process may use
+  i64 memory_bytes = 0;                     // physical memory of the host
+};
+
+// Probed at the first call. FOURMOE_CPU_LEVEL=portable|avx2|avx512 forces a level; one that the machine lacks, or
+// another word, throws Error(instruction_missing).
+const Machine& machine();
+
+}  // namespace fourmoe

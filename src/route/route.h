@@ -1,0 +1,54 @@
+// route: from router logits, or from the caller's picks, to slots.
+//
+// A pick is one (token, expert) choice; a slot is a row of the experts' GEMMs, and slots are sorted by expert, within
+// an expert by pick. Formulas (E experts, logits l, selection bias b):
+//   s_e = softmax(l)_e | sigmoid(l_e) | sqrt(log(1 + exp(l_e))) | l_e
+//   c_e = s_e + b_e                                    the bias selects and never weighs
+//   groups: group score = sum of its best `group_best` c; experts outside the best `groups_kept` groups are out
+//           (-infinity, not 0: a negative bias would make 0 attractive)
+//   picks  = the top_k largest c, ties to the lower expert id, in descending order of c
+//   w_p    = s_p [ / (sum of the picks' s + 1e-20) ] * scale
+// Sources: the DeepSeek-V3 reference for groups, bias and epsilon; "top-k, then softmax over the picks" (Mixtral,
+// gpt-oss) is softmax with renormalise, to which it is equal. Everything is computed in f64 from f32 logits.
+#pragma once
+
+#include "executor.h"
+#include "flow.h"
+
+namespace fourmoe::route {
+
+// Either logits or ids and weights; the other pair is empty.
+struct In {
+  format::Tensor logits;      // [tokens, experts] f32|f16|bf16
+  format::Tensor ids;         // [tokens, top_k] i32|i64: expert of the whole layer, or -1 for no pick
+  format::Tensor weights;     // [tokens, top_k] f32|f16|bf16, final: neither renormalised nor scaled
+  const f32* bias = nullptr;  // [experts] selection bias b; null for none
+};
+
+// Overwritten; sized for max_tokens. A slot exists for every pick of a local expert.
+struct Out {
+  i32* ids = nullptr;           // [tokens, top_k] expert of each pick, -1 for none
+  f32* weights = nullptr;       // [tokens, top_k]; 0 where the id is -1
+  i32* expert_begin = nullptr;  // [local_experts + 1] first slot of each local expert; last = slots in use
+  i32* slot_pick = nullptr;     // [slots] token * top_k + position of the pick
+  i32* pick_slot = nullptr;     // [tokens, top_k] slot of the pick, -1 where it is skipped or not local
+  u8* codes = nullptr;          // [tokens, hidden/2] E2M1 pairs, low nibble first: tokens quantised; null unless w4a4
+  u8* scales = nullptr;         // [tokens, hidden/16] E4M3; null unless w4a4
+};
+
+// Picks of every token. Reads In, writes Out::ids and Out::weights. Refuses NaN logits and ids out of range, naming the
+// token and the value.
+Status pick(const Problem& problem, const In& in, i32 tokens, Executor& executor, const Out& out);
+
+// Slots of all picks. Reads Out::ids, writes expert_begin, slot_pick, pick_slot.
+void sort(const Problem& problem, i32 tokens, const Out& out);
+
+// l = x * router^T (+ bias), accumulated in f64 without intermediate rounding.
+// hidden [tokens, H], router [E, H] with any dense encoding, bias [E] or null, logits [tokens, E] f32, overwritten.
+void logits(const format::Tensor& hidden, const format::Matrix& router, const f32* bias, Executor& executor,
+            f32* logits);
+
+// Tokens to NVFP4 for w4a4, with the layer's input scale and the routing weight first when it multiplies the input.
+void quantise(const Args& args);
+
+}  // namespace fourmoe::route

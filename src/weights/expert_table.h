@@ -1,0 +1,35 @@
+// Expert table: expert -> where its weights are and the f32 numbers that go with them.
+//
+// Kernels reach weights through this table alone, so an expert may lie in a mapped file, in packed memory of one or
+// many buffers, or with a peer. Entry i is local expert i, that is expert first_expert + i of the layer.
+#pragma once
+
+#include <span>
+
+#include "format/tensor.h"
+
+namespace fourmoe::weights {
+
+struct Expert {
+  // As the checkpoint stores them; read by the reference and by packers. `gate` is empty when the layer has none.
+  format::Matrix gate;  // [inter, hidden]
+  format::Matrix up;    // [inter, hidden]
+  format::Matrix down;  // [hidden, inter]
+
+  // As a room streams them (order: the room's tiles); null in rooms that read the matrices above.
+  const std::byte* gemm1 = nullptr;  // gate and up
+  const std::byte* gemm2 = nullptr;  // down
+
+  const f32* gate_bias = nullptr;  // [inter]; null for none
+  const f32* up_bias = nullptr;    // [inter]; null for none
+  const f32* down_bias = nullptr;  // [hidden]; null for none
+
+  f32 inter_scale = 1.0f;  // w4a4: global scale of the intermediate (input_scale of down), a multiplier
+};
+
+struct ExpertTable {
+  std::span<const Expert> experts;  // [local_experts]; owner: whoever loaded the layer
+  f32 input_scale = 1.0f;           // w4a4: global scale of the tokens, a multiplier; one for the whole layer
+};
+
+}  // namespace fourmoe::weights

@@ -1,0 +1,65 @@
+// Packed: weights in the order in which a room streams them. Rooms state their order as data; only packed.* knows it.
+//
+// Rows are cut into panels of `panel_rows`; a panel is contiguous, starts at a 64-byte boundary and holds its columns
+// block of 16 by block of 16:
+//   4-bit: a block is panel_rows * 8 code bytes, then panel_rows scale bytes.
+//          Codes: for each half of 8 columns, one 32-bit little-endian word a row; nibble j is column j of the half.
+//          Scales: nvfp4 as UE5M3 (see to_ue5m3), mxfp4 as E8M0 (a block of 32 repeats it).
+//   bf16:  16 columns of panel_rows values (u16); f32: the same with f32 values (f16, f32, fp8 are exact in f32).
+// Rows beyond the matrix are zero (code 0, scale 0 or 2^-127), so the padding of the last panel multiplies to zero.
+// Gate and up panels alternate, so that one task reads both halves of a pair from one stream.
+#pragma once
+
+#include <memory>
+#include <span>
+
+#include "executor.h"
+#include "weights/expert_table.h"
+
+namespace fourmoe::weights {
+
+struct Order {
+  i32 panel_rows;  // rows that a kernel's lanes hold
+};
+
+// How a packed panel stores its values.
+enum class PanelFormat : u8 { nvfp4, mxfp4, bf16, f32 };
+
+PanelFormat panel_format(format::Encoding encoding);
+
+// Bytes of one panel of `cols` columns, a multiple of 64.
+i64 panel_bytes(PanelFormat format, const Order& order, i32 cols);
+
+// Panels of a matrix: ceil(rows / panel_rows).
+i32 panel_count(const Order& order, i32 rows);
+
+// E4M3 scale without sign as an unsigned float with 5 exponent bits (bias 15) and 3 mantissa bits: the f32 with bits
+// byte << 20, times 2^112, is its value; subnormals of E4M3 become normal. Lossless; NaN has no image.
+u8 to_ue5m3(u8 e4m3);
+u8 from_ue5m3(u8 ue5m3);
+
+// Writes `count` panels starting at panel `first` of the matrix, `stride` bytes apart.
+void pack_panels(const format::Matrix& matrix, const Order& order, i32 first, i32 count, std::byte* out, i64 stride);
+
+// Back to the checkpoint's codes and scales (4-bit) or values (dense; f16 and fp8 come back as f32): what tests
+// compare. `codes` [rows, row_bytes(cols)], `scales` [rows, cols / block]; null scales for dense.
+void unpack(PanelFormat format, const Order& order, i32 rows, i32 cols, const std::byte* panels, i64 stride, u8* codes,
+            u8* scales);
+
+// Owner of a layer's packed experts: one buffer of gemm1 blobs, one of gemm2 blobs.
+class Packed {
+ public:
+  // Packs all experts of the table and points its entries' gemm1 and gemm2 at the blobs. Parallel over experts and
+  // panels.
+  Packed(std::span<Expert> experts, const Order& order, Executor& executor);
+  i64 bytes() const { return bytes_; }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const;
+  };
+  std::unique_ptr<std::byte[], Free> memory_;
+  i64 bytes_ = 0;
+};
+
+}  // namespace fourmoe::weights
