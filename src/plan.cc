@@ -12,28 +12,6 @@ namespace {
 using format::Dtype;
 using format::Tensor;
 
-constexpr i64 kAlignment = 64;  // a cache line, and the widest vector
-
-i64 align(i64 bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-// Hands out consecutive aligned pieces of the workspace; without memory it only counts.
-class Carver {
- public:
-  explicit Carver(std::byte* base) : base_(base) {}
-
-  template <class T>
-  T* take(i64 count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += align(count * static_cast<i64>(sizeof(T)));
-    return piece;
-  }
-  i64 used() const { return used_; }
-
- private:
-  std::byte* base_;
-  i64 used_ = 0;
-};
-
 bool ends_at(const Plan& plan, Stage stage) {
   return std::any_of(plan.steps.begin(), plan.steps.end(), [&](const Step* s) { return s->span.last == stage; });
 }
@@ -186,13 +164,15 @@ Status run(const Plan& plan, Args args, Workspace workspace) {
     return refuse(Reason::workspace_too_small, fmt::format("workspace has {} bytes, the plan needs {}",
                                                            workspace.data ? workspace.bytes : 0, plan.workspace_bytes));
   }
-  if (reinterpret_cast<std::uintptr_t>(workspace.data) % kAlignment != 0) {
-    return refuse(Reason::argument_invalid, fmt::format("workspace is not aligned to {} bytes", kAlignment));
+  if (reinterpret_cast<std::uintptr_t>(workspace.data) % kWorkspaceAlignment != 0) {
+    return refuse(Reason::argument_invalid, fmt::format("workspace is not aligned to {} bytes", kWorkspaceAlignment));
   }
   args.problem = &plan.problem;
   args.machine = &machine();
   Carver carver(workspace.data);
   std::byte* scratch = lay_out(plan, &carver, &args, scratch_bytes(plan, *args.machine));
+  if (args.picked.ids != nullptr) args.slots.ids = args.picked.ids;
+  if (args.picked.weights != nullptr) args.slots.weights = args.picked.weights;
   for (const Step* step : plan.steps) {
     if (Status status = step->run({step, &args, scratch}); !status.ok()) return status;
   }

@@ -48,7 +48,6 @@ const Step kHostStep = {"host",
                         {Stage::combine, Stage::combine},
                         [](const Problem&, const Machine&) { return accept(); },
                         [](const Problem&, const Machine&) { return i64{0}; },
-                        run_step,
-                        nullptr};
+                        run_step};
 
 }  // namespace fourmoe::combine

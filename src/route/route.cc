@@ -218,7 +218,6 @@ const Step kHostStep = {"host",
                         {Stage::route, Stage::route},
                         [](const Problem&, const Machine&) { return accept(); },
                         [](const Problem&, const Machine&) { return i64{0}; },
-                        run_step,
-                        nullptr};
+                        run_step};
 
 }  // namespace fourmoe::route

@@ -95,6 +95,6 @@ Verdict can(const Problem&, const Machine&) { return accept(); }
 extern const Step kGemm1;
 const Step kGemm1 = {
     "reference", "gemm1", {Stage::gemm1, Stage::gemm1}, can, [](const Problem&, const Machine&) { return i64{0}; },
-    run,         nullptr};
+    run};
 
 }  // namespace fourmoe::reference

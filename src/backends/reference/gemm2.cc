@@ -45,6 +45,6 @@ Row gemm2(const Problem& problem, const weights::Expert& expert, const Row& y) {
 extern const Step kGemm2;
 const Step kGemm2 = {
     "reference", "gemm2", {Stage::gemm2, Stage::gemm2}, can, [](const Problem&, const Machine&) { return i64{0}; },
-    run,         nullptr};
+    run};
 
 }  // namespace fourmoe::reference

@@ -50,6 +50,6 @@ Status run(const Bound& bound) {
 extern const Step kWhole;
 const Step kWhole = {
     "reference", "whole", {Stage::route, Stage::combine}, can, [](const Problem&, const Machine&) { return i64{0}; },
-    run,         nullptr};
+    run};
 
 }  // namespace fourmoe::reference
