@@ -14,17 +14,22 @@ f32 block_amax(const f32* x) {
   return amax;
 }
 
+u8 block_scale(f32 amax, f32 global) {
+  const f32 scale = amax / (kE2m1Max * global);
+  if (scale == 0.0f) return to_e4m3(1.0f);
+  return to_e4m3(scale < 0x1p-9f ? 0x1p-9f : scale);  // to_e4m3 saturates; NaN passes
+}
+
 }  // namespace
 
 void quantise_row(const f32* x, i64 n, f32 global, u8* codes, u8* scales) {
   for (i64 block = 0; block < n / kNvfp4Block; ++block) {
     const f32* values = x + block * kNvfp4Block;
-    const u8 scale = to_e4m3(block_amax(values) / (kE2m1Max * global));
-    scales[block] = scale;
-    const f32 step = from_e4m3(scale) * global;
+    scales[block] = block_scale(block_amax(values), global);
+    const f32 step = from_e4m3(scales[block]) * global;
     for (i32 pair = 0; pair < kNvfp4Block / 2; ++pair) {
-      const u8 low = step > 0.0f ? to_e2m1(values[2 * pair] / step) : u8{0};
-      const u8 high = step > 0.0f ? to_e2m1(values[2 * pair + 1] / step) : u8{0};
+      const u8 low = to_e2m1(values[2 * pair] / step);
+      const u8 high = to_e2m1(values[2 * pair + 1] / step);
       codes[block * 8 + pair] = static_cast<u8>(low | high << 4);
     }
   }
