@@ -7,6 +7,7 @@
 #include <new>
 
 #include "checkpoint/checkpoint.h"
+#include "format/validate.h"
 #include "fourmoe/fourmoe.h"
 #include "layer.h"
 
@@ -127,6 +128,10 @@ format::Matrix convert(const char* name, i64 expert, const fourmoe_matrix& given
   require(matrix.data_stride >= tight && matrix.scales_stride >= tight_scales,
           fmt::format("{} of expert {} has rows {} bytes apart (scales {}), expected at least {} ({})", name, expert,
                       matrix.data_stride, matrix.scales_stride, tight, tight_scales));
+  if (const auto bad = format::find_bad_scale(matrix)) {
+    throw Error(Reason::scale_invalid, fmt::format("scale [{}, {}] of {} of expert {} is 0x{:02x}: NaN or negative",
+                                                   bad->row, bad->block, name, expert, bad->byte));
+  }
   return matrix;
 }
 

@@ -62,7 +62,7 @@ Verdict judge(const Step& step, const Problem& problem, const Machine& machine, 
   return step.can(problem, machine);
 }
 
-// Depth first in the list's order: the first cover found prefers earlier steps at each stage.
+// Depth first in the order given: the first cover found prefers earlier steps at each stage.
 bool cover(const std::vector<Candidate>& candidates, int stage, std::vector<const Step*>* steps) {
   if (stage > static_cast<int>(Stage::combine)) return true;
   for (const Candidate& candidate : candidates) {
@@ -72,6 +72,13 @@ bool cover(const std::vector<Candidate>& candidates, int stage, std::vector<cons
     steps->pop_back();
   }
   return false;
+}
+
+// The list's order, but steps of the room that was asked for come before the host's bodies.
+std::vector<Candidate> preferred(std::vector<Candidate> candidates, const Request& request) {
+  std::stable_partition(candidates.begin(), candidates.end(),
+                        [&](const Candidate& c) { return c.step->room == request.backend; });
+  return candidates;
 }
 
 Status check_backend(const std::string& backend) {
@@ -145,7 +152,7 @@ Status make(const Problem& problem, const Machine& machine, const Request& reque
     out->candidates.push_back({step, general.accepted() ? judge(*step, problem, machine, request) : general, false});
   }
   if (!general.accepted()) return refuse(general.reason, general.detail);
-  if (!cover(out->candidates, 0, &out->steps)) return refuse_plan(*out);
+  if (!cover(preferred(out->candidates, request), 0, &out->steps)) return refuse_plan(*out);
   for (Candidate& candidate : out->candidates) {
     candidate.chosen = std::find(out->steps.begin(), out->steps.end(), candidate.step) != out->steps.end();
     if (candidate.chosen && candidate.step->room != "host") out->backend = candidate.step->room;

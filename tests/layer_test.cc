@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -110,7 +111,7 @@ TEST_P(EveryCase, TheReferencesStagesAgreeWithItsWhole) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Layer, EveryCase, testing::ValuesIn(specs()),
-                         [](const auto& info) { return "case" + std::to_string(info.index); });
+                         [](const auto& at) { return "case" + std::to_string(at.index); });
 
 // Promises of every room.
 
@@ -288,12 +289,9 @@ TEST_P(EveryRoom, SharedExpertsAreAdded) {
   EXPECT_LE(cases::rel_l2(left, right), 1e-6);
 }
 
-INSTANTIATE_TEST_SUITE_P(Layer, EveryRoom,
-                         testing::Combine(testing::ValuesIn(rooms()),
-                                          testing::Values(Precision::w4a16, Precision::w4a4)),
-                         [](const auto& info) {
-                           return std::get<0>(info.param) + "_" + std::string(precision_name(std::get<1>(info.param)));
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Layer, EveryRoom, testing::Combine(testing::ValuesIn(rooms()), testing::Values(Precision::w4a16, Precision::w4a4)),
+    [](const auto& at) { return std::get<0>(at.param) + "_" + std::string(precision_name(std::get<1>(at.param))); });
 
 // Mutants: faults that real engines have shipped. Each must exceed the bound that right answers keep.
 
@@ -311,16 +309,28 @@ void each(checkpoint::Layer* layer, void (*change)(weights::Expert*)) {
   for (weights::Expert& expert : layer->experts) change(&expert);
 }
 
-void shift_nibbles(checkpoint::Layer* layer, cases::Call*) {
-  auto memory = std::make_shared<std::vector<std::vector<u8>>>();
+// Replaces bytes of every expert's up projection by a changed copy that lives as long as the layer.
+template <class Change>
+void rewrite(checkpoint::Layer* layer, const u8* format::Matrix::*part, i64 format::Matrix::*stride, Change change) {
+  auto copies = std::make_shared<std::vector<std::vector<u8>>>();
   for (weights::Expert& expert : layer->experts) {
-    const u8* old = expert.up.data;
-    auto& bytes = memory->emplace_back(old, old + expert.up.rows * expert.up.data_stride);
-    for (u8& byte : bytes) byte = static_cast<u8>(byte << 4 | byte >> 4);
-    expert.up.data = bytes.data();
+    const u8* old = expert.up.*part;
+    auto& bytes = copies->emplace_back(old, old + expert.up.rows * (expert.up.*stride));
+    change(&bytes);
+    expert.up.*part = bytes.data();
   }
-  static std::vector<std::shared_ptr<void>> kept;
-  kept.push_back(memory);
+  layer->owner = std::make_shared<std::pair<std::shared_ptr<const void>, decltype(copies)>>(layer->owner, copies);
+}
+
+void swap_nibbles(checkpoint::Layer* layer, cases::Call*) {
+  rewrite(layer, &format::Matrix::data, &format::Matrix::data_stride, [](std::vector<u8>* bytes) {
+    for (u8& byte : *bytes) byte = static_cast<u8>(byte << 4 | byte >> 4);
+  });
+}
+
+void shift_scales(checkpoint::Layer* layer, cases::Call*) {
+  rewrite(layer, &format::Matrix::scales, &format::Matrix::scales_stride,
+          [](std::vector<u8>* bytes) { std::rotate(bytes->begin(), bytes->begin() + 1, bytes->end()); });
 }
 
 const Mutant kMutants[] = {
@@ -341,11 +351,8 @@ const Mutant kMutants[] = {
      [](checkpoint::Layer* l, cases::Call*) { each(l, [](weights::Expert* e) { e->inter_scale = 1.0f; }); }},
     {"one_expert_wrong", Precision::w4a16,
      [](checkpoint::Layer* l, cases::Call*) { std::swap(l->experts[0].down, l->experts[1].down); }},
-    {"nibbles_swapped", Precision::w4a16, shift_nibbles},
-    {"scales_one_block_late", Precision::w4a16,
-     [](checkpoint::Layer* l, cases::Call*) {
-       each(l, [](weights::Expert* e) { e->up.scales += 1, e->up.rows -= 1, e->up.rows += 1; });
-     }},
+    {"nibbles_swapped", Precision::w4a16, swap_nibbles},
+    {"scales_one_block_off", Precision::w4a16, shift_scales},
     {"routing_weights_scaled_twice", Precision::w4a16,
      [](checkpoint::Layer*, cases::Call* c) {
        for (f32& w : c->weights) w *= 2.5f;
@@ -384,8 +391,7 @@ TEST(Mutant, AnAllZeroOutputIsCaught) {
   EXPECT_TRUE(std::isinf(cases::rel_l2({NAN, -2.0}, right)));
 }
 
-INSTANTIATE_TEST_SUITE_P(Layer, EveryMutant, testing::ValuesIn(kMutants),
-                         [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Layer, EveryMutant, testing::ValuesIn(kMutants), [](const auto& at) { return at.param.name; });
 
 // Calls that must be refused, with the argument's name in the message.
 

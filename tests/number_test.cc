@@ -14,8 +14,11 @@ namespace {
 TEST(Number, Bf16RoundTripsEveryFiniteValue) {
   for (u32 bits = 0; bits < 0x10000; ++bits) {
     const f32 value = from_bf16(static_cast<u16>(bits));
-    if (std::isnan(value)) EXPECT_TRUE(std::isnan(from_bf16(to_bf16(value))));
-    else EXPECT_EQ(to_bf16(value), bits);
+    if (std::isnan(value)) {
+      EXPECT_TRUE(std::isnan(from_bf16(to_bf16(value))));
+    } else {
+      EXPECT_EQ(to_bf16(value), bits);
+    }
   }
 }
 
@@ -54,8 +57,11 @@ TEST(Number, E4m3DecodesByItsDefinition) {
     const int mantissa = byte & 7;
     const f64 magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
     const f32 value = from_e4m3(static_cast<u8>(byte));
-    if ((byte & 0x7f) == 0x7f) EXPECT_TRUE(std::isnan(value));
-    else EXPECT_EQ(value, (byte & 0x80) != 0 ? -magnitude : magnitude);
+    if ((byte & 0x7f) == 0x7f) {
+      EXPECT_TRUE(std::isnan(value));
+    } else {
+      EXPECT_EQ(value, (byte & 0x80) != 0 ? -magnitude : magnitude);
+    }
   }
 }
 
@@ -159,7 +165,9 @@ TEST(Tensor, WeightsDecodeExhaustively) {
       if ((scale & 0x7f) != 0x7f) {
         ASSERT_EQ(weight_at(nvfp4, 0, col), f64{kE2m1[code]} * from_e4m3(static_cast<u8>(scale)));
       }
-      if (scale != 255) ASSERT_EQ(weight_at(mxfp4, 0, col), std::ldexp(kE2m1[code], scale - 127));
+      if (scale != 255) {
+        ASSERT_EQ(weight_at(mxfp4, 0, col), std::ldexp(f64{kE2m1[code]}, scale - 127));
+      }
     }
   }
 }

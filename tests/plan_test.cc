@@ -34,7 +34,7 @@ TEST(Plan, TheReferenceIsOneStep) {
   Plan plan;
   ASSERT_TRUE(make(usual(), machine(), {"reference", {}}, &plan).ok());
   EXPECT_EQ(plan.backend, "reference");
-  EXPECT_EQ(plan.steps.back()->room, "reference");
+  EXPECT_EQ(steps(plan), "reference.whole");
 }
 
 TEST(Plan, APinnedStepTakesItsStage) {
@@ -52,9 +52,15 @@ TEST(Plan, EveryCandidateIsListedWithItsVerdict) {
   ASSERT_TRUE(make(usual(), machine(), {"cpu", {}}, &plan).ok());
   ASSERT_EQ(plan.candidates.size(), backends::list().size());
   for (const Candidate& c : plan.candidates) {
-    if (c.chosen) EXPECT_TRUE(c.verdict.accepted());
-    if (!c.verdict.accepted()) EXPECT_FALSE(c.verdict.detail.empty()) << c.step->room << c.step->name;
-    if (c.step->room == "reference") EXPECT_EQ(c.verdict.reason, Reason::not_asked_for);
+    if (c.chosen) {
+      EXPECT_TRUE(c.verdict.accepted());
+    }
+    if (!c.verdict.accepted()) {
+      EXPECT_FALSE(c.verdict.detail.empty()) << c.step->room << c.step->name;
+    }
+    if (c.step->room == "reference") {
+      EXPECT_EQ(c.verdict.reason, Reason::not_asked_for);
+    }
   }
 }
 
@@ -114,7 +120,7 @@ INSTANTIATE_TEST_SUITE_P(
             },
             Reason::precision_unsupported, "w4a16 would pass"},
         Bad{"tokens", [](Problem* p) { p->max_tokens = -1; }, Reason::argument_invalid, "max_tokens"}),
-    [](const auto& info) { return info.param.name; });
+    [](const auto& at) { return at.param.name; });
 
 }  // namespace
 }  // namespace fourmoe::plan
