@@ -14,8 +14,8 @@ help: ## list the commands
 # Configures once; afterwards CMake itself notices what changed.
 configure:
 	@scripts/install_deps.sh build test
-	@test -f $(BUILD)/build.ninja || cmake -S . -B $(BUILD) -G Ninja --log-level=WARNING \
-	  -DFOURMOE_PYTHON="$$(scripts/find_python.sh)" > /dev/null
+	@test -f $(BUILD)/build.ninja || { python=$$(scripts/find_python.sh) && \
+	  cmake -S . -B $(BUILD) -G Ninja --log-level=WARNING -DFOURMOE_PYTHON="$$python" > /dev/null; }
 
 build: configure ## build the command (build/fourmoe) and the library
 	@cmake --build $(BUILD) -j $(JOBS) --target product

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 command=${1:-build/fourmoe}
 model=examples/tiny-moe/nvfp4
 capture=examples/tiny-moe/capture.safetensors
-out=build/demo
+out=$(dirname "$command")/demo
 mkdir -p "$out"
 
 show() {

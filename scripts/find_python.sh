@@ -12,7 +12,7 @@ done
 
 if scripts/install_deps.sh numpy >&2 && /usr/bin/python3 -c 'import numpy' 2> /dev/null; then
   echo /usr/bin/python3
-elif python3 -m venv .venv >&2 && .venv/bin/pip install --quiet numpy >&2; then
+elif python3 -m venv .venv > /dev/null && .venv/bin/pip install --quiet numpy >&2; then
   echo "$PWD/.venv/bin/python3"
 else
   echo "find_python.sh: no python3 with numpy; please install the package python3-numpy" >&2

@@ -39,12 +39,12 @@ LINK = re.compile(r"!?\[[^\]\n]*\]\(([^)\s]+)\)")
 
 def list_files(root):
     """Paths of the project relative to root: what git knows or would add, else all that is not hidden or built."""
-    if (root / ".git").exists():
+    try:
         command = ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard"]
         names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    else:
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, or one that belongs to somebody else
         names = [p.relative_to(root).as_posix() for p in root.rglob("*")]
-        names = [n for n in names if not re.match(r"build|\.(?!ci)", n)]
+        names = [n for n in names if not re.match(r"build\b|\.(?!ci/)", n) and "__pycache__" not in n]
     return sorted(n for n in names if (root / n).is_file())
 
 
