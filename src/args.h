@@ -20,6 +20,7 @@ struct Args {
   format::Tensor hidden;  // [tokens, hidden] bf16|f16|f32; caller's
 
   route::In picks;
+  route::Picked picked;
   route::Out slots;
   gemm1::Out inter;
   gemm2::Out partial;

@@ -23,9 +23,13 @@
 
 #include "format/tensor.h"
 #include "status.h"
+#include "workspace.h"
 
 namespace fourmoe {
 
+namespace weights {
+struct Order;  // weights/packed.h: how a room wants its weights packed
+}
 struct Args;     // args.h: all views that one call of the layer binds
 struct Machine;  // machine.h: what this host can do
 
@@ -120,12 +124,6 @@ struct Verdict {
 inline Verdict accept() { return {}; }
 inline Verdict reject(Reason reason, std::string detail) { return {reason, std::move(detail)}; }
 
-// Memory that a step may scribble on during run; never kept between calls.
-struct Workspace {
-  std::byte* data = nullptr;  // 64-byte aligned; caller's
-  i64 bytes = 0;
-};
-
 struct Step;
 
 // A step with its views checked and fixed: all that run needs.
@@ -144,8 +142,9 @@ struct Step {
   Verdict (*can)(const Problem&, const Machine&);  // pure
   i64 (*bytes)(const Problem&, const Machine&);    // scratch for max_tokens
   Status (*run)(const Bound&);
-  std::string (*describe)(const Problem&,
-                          const Machine&);  // the choice it makes (instruction level, tile); may be null
+  std::string (*describe)(const Problem&, const Machine&) = nullptr;  // its choice (instruction level, tile), in words
+  const weights::Order* order =
+      nullptr;  // packing that it reads; null: it reads matrices as the checkpoint stores them
 };
 
 // Checks that hold for every step; the first thing that plan asks.

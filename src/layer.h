@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,7 +12,8 @@
 namespace fourmoe {
 
 struct LayerOptions {
-  std::string backend = "auto";  // "auto", "reference", "cpu"
+  std::string backend = "auto";     // "auto", or a room of backends/list.cc
+  std::vector<const Step*> pinned;  // see plan::Request; for verification
   Precision precision = Precision::w4a16;
   i32 max_tokens = 1024;         // most tokens of one pass; run splits longer calls
   Executor* executor = nullptr;  // null: the process's oneTBB executor
@@ -32,24 +32,26 @@ struct LayerCall {
 
 class Layer {
  public:
-  // Plans for bf16 tokens and, when weights are packed by the room, packs them. Throws Error.
+  // Plans, and packs the weights if the chosen steps read packed ones. Throws Error.
   Layer(checkpoint::Layer weights, const LayerOptions& options);
 
-  const Problem& problem() const { return plan_.problem; }
-  const plan::Plan& plan() const { return plan_; }
-  const checkpoint::Layer& weights() const { return weights_; }
-  i64 workspace_bytes() const;  // for one pass of max_tokens
-  i64 packed_bytes() const;
+  ~Layer();
+  Layer(Layer&&) noexcept;
+  Layer& operator=(Layer&&) noexcept;
 
-  // Needs no allocation when a workspace of workspace_bytes() is given; with null it uses memory that the layer keeps
-  // (then calls from several threads are refused by waiting: one runs at a time).
+  const plan::Plan& plan() const;  // of the routed experts
+  const Problem& problem() const { return plan().problem; }
+  const checkpoint::Layer& weights() const;
+  i64 workspace_bytes() const;  // for one pass of max_tokens
+  i64 packed_bytes() const;     // 0 where the room reads the checkpoint's matrices
+
+  // Never throws. Given a workspace of workspace_bytes() it makes no memory of its own for the tokens; given none it
+  // uses memory that the layer keeps, and calls from several threads then take turns.
   Status run(const LayerCall& call, Workspace workspace = {});
 
  private:
   struct Impl;
-  checkpoint::Layer weights_;
-  plan::Plan plan_;
-  std::shared_ptr<Impl> impl_;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace fourmoe

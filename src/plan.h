@@ -12,7 +12,9 @@ namespace fourmoe::plan {
 
 // What the caller asks for.
 struct Request {
-  std::string backend = "auto";  // "auto", or a room: then only its steps, host bodies and nothing else are taken
+  std::string backend = "auto";  // "auto", or a room: then only its steps and host bodies are taken
+  std::vector<const Step*>
+      pinned;  // steps that alone may compute the stages they span, whatever their room; may be empty
 };
 
 // One line of `explain`: a step and what became of it.

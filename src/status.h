@@ -119,7 +119,7 @@ constexpr std::string_view reason_text(Reason reason) {
     case Reason::dtype_unsupported: return "a tensor argument has an element type that is not accepted";
     case Reason::stride_unsupported: return "the rows of a tensor overlap or are not contiguous";
     case Reason::pick_out_of_range: return "an expert id is neither -1 nor an expert of the layer";
-    case Reason::value_not_finite: return "a router logit is NaN";
+    case Reason::value_not_finite: return "a router logit is NaN or +infinity, or all of a token's are -infinity";
     case Reason::workspace_too_small: return "the workspace is smaller than the plan needs";
     case Reason::no_plan: return "no sequence of accepted steps covers the layer";
     case Reason::out_of_memory: return "an allocation failed";

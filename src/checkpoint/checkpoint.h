@@ -84,6 +84,9 @@ class Checkpoint {
   // only.
   static Checkpoint open(const std::filesystem::path& path);
 
+  // Indices of the MoE layers in the model, ascending.
+  std::vector<i32> layers() const;
+
   // Headers and the scalars of the scales; never the weights.
   Info inspect() const;
 

@@ -67,9 +67,8 @@ inline f32 from_e4m3(u8 byte) {
   const u32 magnitude = byte & 0x7fu;
   const f32 sign = (byte & 0x80u) != 0 ? -1.0f : 1.0f;
   if (magnitude == 0x7fu) return sign * std::bit_cast<f32>(0x7fc00000u);
-  const i32 exponent = static_cast<i32>(magnitude >> 3);
-  const f32 mantissa = static_cast<f32>(magnitude & 7u);
-  return sign * (exponent == 0 ? mantissa * 0x1p-9f : std::ldexp(8.0f + mantissa, exponent - 10));
+  // Bits 20 higher leave the exponent short by 127 - 7; the product restores it and makes subnormals normal.
+  return sign * std::bit_cast<f32>(magnitude << 20) * 0x1p120f;
 }
 
 // Saturates at 448; NaN gives 0x7f.

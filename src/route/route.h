@@ -25,6 +25,12 @@ struct In {
   const f32* bias = nullptr;  // [experts] selection bias b; null for none
 };
 
+// Where the caller wants the picks; null for nowhere. Overwritten.
+struct Picked {
+  i32* ids = nullptr;      // [tokens, top_k]
+  f32* weights = nullptr;  // [tokens, top_k]
+};
+
 // Overwritten; sized for max_tokens. A slot exists for every pick of a local expert.
 struct Out {
   i32* ids = nullptr;           // [tokens, top_k] expert of each pick, -1 for none

@@ -1,12 +1,13 @@
 // Packed: weights in the order in which a room streams them. Rooms state their order as data; only packed.* knows it.
 //
 // Rows are cut into panels of `panel_rows`; a panel is contiguous, starts at a 64-byte boundary and holds its columns
-// block of 16 by block of 16:
-//   4-bit: a block is panel_rows * 8 code bytes, then panel_rows scale bytes.
+// from first to last:
+//   4-bit: groups of 64 columns (the last one of 16, 32 or 48), so that no load of codes crosses a cache line.
+//          A group is panel_rows * 8 code bytes for each of its blocks of 16, then panel_rows scale bytes for each.
 //          Codes: for each half of 8 columns, one 32-bit little-endian word a row; nibble j is column j of the half.
-//          Scales: nvfp4 as UE5M3 (see to_ue5m3), mxfp4 as E8M0 (a block of 32 repeats it).
-//   bf16:  16 columns of panel_rows values (u16); f32: the same with f32 values (f16, f32, fp8 are exact in f32).
-// Rows beyond the matrix are zero (code 0, scale 0 or 2^-127), so the padding of the last panel multiplies to zero.
+//          Scales: nvfp4 as UE5M3 (see to_ue5m3), mxfp4 as E8M0 (the two halves of a block of 32 repeat it).
+//   bf16:  a column is panel_rows values (u16); f32: the same with f32 values (f16, f32, fp8 are exact in f32).
+// Rows beyond the matrix are zero (code 0 with scale 0, or with 2^-127 for mxfp4), so they multiply to zero.
 // Gate and up panels alternate, so that one task reads both halves of a pair from one stream.
 #pragma once
 
@@ -21,6 +22,8 @@ namespace fourmoe::weights {
 struct Order {
   i32 panel_rows;  // rows that a kernel's lanes hold
 };
+
+inline constexpr i32 kGroupBlocks = 4;  // blocks of 16 columns in a group of a 4-bit panel
 
 // How a packed panel stores its values.
 enum class PanelFormat : u8 { nvfp4, mxfp4, bf16, f32 };
@@ -42,7 +45,7 @@ u8 from_ue5m3(u8 ue5m3);
 void pack_panels(const format::Matrix& matrix, const Order& order, i32 first, i32 count, std::byte* out, i64 stride);
 
 // Back to the checkpoint's codes and scales (4-bit) or values (dense; f16 and fp8 come back as f32): what tests
-// compare. `codes` [rows, row_bytes(cols)], `scales` [rows, cols / block]; null scales for dense.
+// compare. `codes` [rows, cols / 2] or [rows, cols] values, `scales` [rows, cols / block]; null scales for dense.
 void unpack(PanelFormat format, const Order& order, i32 rows, i32 cols, const std::byte* panels, i64 stride, u8* codes,
             u8* scales);
 
@@ -50,7 +53,7 @@ void unpack(PanelFormat format, const Order& order, i32 rows, i32 cols, const st
 class Packed {
  public:
   // Packs all experts of the table and points its entries' gemm1 and gemm2 at the blobs. Parallel over experts and
-  // panels.
+  // panels. Throws Error: out_of_memory, or internal when the experts' shapes or encodings differ.
   Packed(std::span<Expert> experts, const Order& order, Executor& executor);
   i64 bytes() const { return bytes_; }
 

@@ -1,0 +1,55 @@
+# The commands of the project. `make` alone lists them. Each installs what it needs when that is missing.
+BUILD ?= build
+JOBS ?= $(shell nproc)
+PREFIX ?= /usr/local
+FUZZ_SECONDS ?= 60
+SHELL := /bin/bash
+
+.DEFAULT_GOAL := help
+.PHONY: help build test demo format check bench fuzz install clean configure
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Configures once; afterwards CMake itself notices what changed.
+configure:
+	@scripts/install_deps.sh build test
+	@test -f $(BUILD)/build.ninja || { python=$$(scripts/find_python.sh) && \
+	  cmake -S . -B $(BUILD) -G Ninja --log-level=WARNING -DFOURMOE_PYTHON="$$python" > /dev/null; }
+
+build: configure ## build the command (build/fourmoe) and the library
+	@cmake --build $(BUILD) -j $(JOBS) --target product
+
+test: configure ## build and run all tests
+	@cmake --build $(BUILD) -j $(JOBS)
+	@ctest --test-dir $(BUILD) -j $(JOBS) --output-on-failure $(CTEST_ARGS)
+
+demo: build ## run real layers of the small checkpoint in examples/tiny-moe
+	@scripts/demo.sh $(BUILD)/fourmoe
+
+format: ## lay out all sources with clang-format 14
+	@scripts/install_deps.sh check
+	@scripts/format.sh
+
+check: ## check the layout and the rules of the house
+	@scripts/install_deps.sh check
+	@scripts/format.sh --check
+	@python3 tests/house_test.py
+
+bench: ## build and run the micro-benchmarks
+	@scripts/install_deps.sh build bench
+	@cmake -S . -B $(BUILD)-bench -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
+	  -DFOURMOE_TESTS=OFF -DFOURMOE_BENCH=ON > /dev/null
+	@cmake --build $(BUILD)-bench -j $(JOBS)
+	@test -x $(BUILD)-bench/fourmoe_bench || { echo "bench: there are no micro-benchmarks yet"; exit 1; }
+	@$(BUILD)-bench/fourmoe_bench
+
+fuzz: ## fuzz each parser for FUZZ_SECONDS (60)
+	@scripts/install_deps.sh build clang
+	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+install: build ## install the library and the command under PREFIX (/usr/local)
+	@cmake --install $(BUILD) --prefix $(PREFIX)
+
+clean: ## remove all build folders
+	@rm -rf $(BUILD) build-*

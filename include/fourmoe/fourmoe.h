@@ -1,0 +1,208 @@
+/* fourmoe: Mixture-of-Experts layers on 4-bit NVFP4 weights. The C ABI.
+ *
+ * Handles are opaque. Every function that can fail returns a fourmoe_status; fourmoe_last_error() then gives one line
+ * that names the tensor, the expert, what was expected and what was found. No function throws, prints, aborts or exits.
+ * A handle may be used from several threads at once; freeing it may not overlap another use.
+ * Structs that may grow begin with struct_size: set it to sizeof the struct, and everything else to zero for defaults.
+ */
+#ifndef FOURMOE_FOURMOE_H
+#define FOURMOE_FOURMOE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FOURMOE_API __attribute__((visibility("default")))
+#else
+#define FOURMOE_API
+#endif
+
+#define FOURMOE_VERSION_MAJOR 0
+#define FOURMOE_VERSION_MINOR 1
+#define FOURMOE_VERSION_PATCH 0
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* 0 is success; every other value is a reason for refusal (fourmoe_status_name, fourmoe_status_text). */
+typedef int fourmoe_status;
+#define FOURMOE_OK 0
+
+typedef enum fourmoe_dtype {
+  FOURMOE_F32 = 0,
+  FOURMOE_F16 = 1,
+  FOURMOE_BF16 = 2,
+  FOURMOE_I32 = 3,
+  FOURMOE_I64 = 4
+} fourmoe_dtype;
+
+typedef enum fourmoe_encoding {
+  FOURMOE_WEIGHTS_NVFP4 = 0, /* E2M1 pairs (low nibble: even column), an E4M3 scale a block of 16, a global scale */
+  FOURMOE_WEIGHTS_MXFP4 = 1, /* E2M1 pairs, an E8M0 scale a block of 32 */
+  FOURMOE_WEIGHTS_BF16 = 2,
+  FOURMOE_WEIGHTS_F16 = 3,
+  FOURMOE_WEIGHTS_F32 = 4,
+  FOURMOE_WEIGHTS_FP8 = 5 /* E4M3, one global scale */
+} fourmoe_encoding;
+
+typedef enum fourmoe_precision {
+  FOURMOE_W4A16 = 0, /* activations bf16 or f16, weights exact */
+  FOURMOE_W4A4 = 1   /* activations and the intermediate quantised to NVFP4 */
+} fourmoe_precision;
+
+typedef enum fourmoe_activation {
+  FOURMOE_SWIGLU = 0,
+  FOURMOE_SWIGLU_CLAMPED = 1, /* gpt-oss: alpha, beta, limit */
+  FOURMOE_GEGLU_ERF = 2,
+  FOURMOE_GEGLU_TANH = 3,
+  FOURMOE_RELU2 = 4 /* not gated */
+} fourmoe_activation;
+
+typedef enum fourmoe_score {
+  FOURMOE_SOFTMAX = 0,
+  FOURMOE_SIGMOID = 1,
+  FOURMOE_SQRT_SOFTPLUS = 2,
+  FOURMOE_SCORE_NONE = 3
+} fourmoe_score;
+
+/* A matrix of activations, logits, ids or routing weights in host memory. */
+typedef struct fourmoe_tensor {
+  void* data;     /* [rows, cols] dtype, rows `stride` elements apart; caller's; null: not given */
+  int32_t dtype;  /* fourmoe_dtype */
+  int32_t unused; /* 0 */
+  int64_t rows;
+  int64_t cols;
+  int64_t stride; /* elements between two rows, >= cols */
+} fourmoe_tensor;
+
+/* One projection of one expert, [rows = outputs, cols = inputs]. */
+typedef struct fourmoe_matrix {
+  const uint8_t* data;   /* [rows, cols/2] E2M1 pairs, or [rows, cols] dense; any alignment; caller's */
+  const uint8_t* scales; /* [rows, cols/16] E4M3 or [rows, cols/32] E8M0; null for dense */
+  int64_t data_stride;   /* bytes between two rows of data; 0: rows are contiguous */
+  int64_t scales_stride; /* bytes between two rows of scales; 0: rows are contiguous */
+  float global_scale;    /* multiplier of the whole matrix; 1 for MXFP4 and dense */
+  int32_t unused;        /* 0 */
+} fourmoe_matrix;
+
+typedef struct fourmoe_expert {
+  fourmoe_matrix gate;    /* [inter, hidden]; data null when the activation has no gate */
+  fourmoe_matrix up;      /* [inter, hidden] */
+  fourmoe_matrix down;    /* [hidden, inter] */
+  const float* gate_bias; /* [inter]; null for none */
+  const float* up_bias;   /* [inter]; null for none */
+  const float* down_bias; /* [hidden]; null for none */
+  float inter_scale;      /* w4a4: global scale of the intermediate, a multiplier; 0 means 1 */
+  int32_t unused;         /* 0 */
+} fourmoe_expert;
+
+/* A layer given tensor by tensor. Everything that it points to must outlive the layer. */
+typedef struct fourmoe_layer_desc {
+  size_t struct_size;
+  int32_t hidden;                     /* multiple of 16 */
+  int32_t inter;                      /* multiple of 16 */
+  int32_t experts;                    /* of the whole layer, 1..1024 */
+  int32_t top_k;                      /* 1..32 */
+  int32_t first_expert;               /* first one held here */
+  int32_t local_experts;              /* held here; 0: all */
+  int32_t encoding;                   /* fourmoe_encoding of all experts */
+  int32_t activation;                 /* fourmoe_activation */
+  float alpha, beta, limit;           /* of FOURMOE_SWIGLU_CLAMPED */
+  int32_t score;                      /* fourmoe_score; used with logits only, as all below */
+  int32_t groups;                     /* 0: 1 */
+  int32_t groups_kept;                /* 0: 1 */
+  int32_t group_best;                 /* 1 or 2; 0: 2 */
+  int32_t renormalise;                /* 0 or 1 */
+  float scale;                        /* routed scaling factor; 0: 1 */
+  int32_t weight_on_input;            /* 0 or 1 (needs top_k 1) */
+  const float* selection_bias;        /* [experts]; null for none */
+  const fourmoe_expert* expert_table; /* [local_experts] */
+  float input_scale;                  /* w4a4: global scale of the tokens, a multiplier; 0 means 1 */
+} fourmoe_layer_desc;
+
+/* A thread pool of the host program. run() must call task(task_context, i) once for each i in [0, count), on any
+ * threads and in any order, and return when all have returned. */
+typedef struct fourmoe_executor {
+  void* context;
+  int32_t threads; /* most tasks at work at once */
+  void (*run)(void* context, int64_t count, void (*task)(void* task_context, int64_t index), void* task_context);
+} fourmoe_executor;
+
+typedef struct fourmoe_options {
+  size_t struct_size;
+  const char* backend;              /* "auto" (also null), or "cpu", "reference" */
+  int32_t precision;                /* fourmoe_precision */
+  int32_t max_tokens;               /* of one pass, longer calls are split; 0: 1024 */
+  int32_t threads;                  /* 0: all; ignored with an executor */
+  const fourmoe_executor* executor; /* null: a pool of the library; copied */
+} fourmoe_options;
+
+/* One call. Give router_logits, or topk_ids with topk_weights, or neither: then the checkpoint's own router is used. */
+typedef struct fourmoe_call {
+  size_t struct_size;
+  fourmoe_tensor hidden_states; /* [T, hidden] bf16|f16|f32 */
+  fourmoe_tensor router_logits; /* [T, experts] f32|f16|bf16 */
+  fourmoe_tensor topk_ids;      /* [T, top_k] i32|i64; -1 is no pick */
+  fourmoe_tensor topk_weights;  /* [T, top_k] f32|f16|bf16; used as they are */
+  fourmoe_tensor output;        /* [>= T, hidden] f32|f16|bf16; overwritten, rows beyond T untouched */
+  int32_t* picked_ids;          /* [T, top_k] receives the picks; null: not wanted */
+  float* picked_weights;        /* [T, top_k] receives their weights; null: not wanted */
+} fourmoe_call;
+
+typedef struct fourmoe_layer_info {
+  size_t struct_size;
+  int32_t hidden, inter, experts, top_k, first_expert, local_experts;
+  int32_t encoding;   /* fourmoe_encoding */
+  int32_t activation; /* fourmoe_activation */
+  int32_t precision;  /* fourmoe_precision */
+  int32_t has_router; /* 1: calls without logits and picks are accepted */
+  int32_t has_shared; /* 1: shared experts are computed and added */
+  int32_t max_tokens;
+  int64_t weight_bytes;    /* of the routed experts, as the checkpoint stores them */
+  int64_t packed_bytes;    /* memory that packing took; 0 where the backend reads the checkpoint's own bytes */
+  int64_t workspace_bytes; /* that one call needs */
+} fourmoe_layer_info;
+
+typedef struct fourmoe_checkpoint fourmoe_checkpoint;
+typedef struct fourmoe_layer fourmoe_layer;
+
+/* "0.1.0" */
+FOURMOE_API const char* fourmoe_version(void);
+
+/* The stable name of a status ("tensor_mismatch") and its meaning in one sentence. Never null. */
+FOURMOE_API const char* fourmoe_status_name(fourmoe_status status);
+FOURMOE_API const char* fourmoe_status_text(fourmoe_status status);
+
+/* What the calling thread's last failed call refused, one line; "" before the first. Valid until its next failure. */
+FOURMOE_API const char* fourmoe_last_error(void);
+
+/* Opens a folder with config.json, a .safetensors or a .gguf file; reads and validates headers only. */
+FOURMOE_API fourmoe_status fourmoe_checkpoint_open(const char* path, fourmoe_checkpoint** checkpoint);
+FOURMOE_API void fourmoe_checkpoint_close(fourmoe_checkpoint* checkpoint); /* null is fine; layers stay valid */
+
+/* Indices of the MoE layers in the model. Writes up to `capacity` of them; *count receives how many there are. */
+FOURMOE_API fourmoe_status fourmoe_checkpoint_layers(const fourmoe_checkpoint* checkpoint, int32_t* layers,
+                                                     int64_t capacity, int64_t* count);
+
+/* Loads a layer, validates its scales and packs its weights for the chosen backend. options may be null. */
+FOURMOE_API fourmoe_status fourmoe_layer_load(const fourmoe_checkpoint* checkpoint, int32_t layer,
+                                              const fourmoe_options* options, fourmoe_layer** out);
+
+/* The same from tensors in memory. */
+FOURMOE_API fourmoe_status fourmoe_layer_create(const fourmoe_layer_desc* desc, const fourmoe_options* options,
+                                                fourmoe_layer** out);
+FOURMOE_API void fourmoe_layer_free(fourmoe_layer* layer); /* null is fine */
+
+FOURMOE_API fourmoe_status fourmoe_layer_get_info(const fourmoe_layer* layer, fourmoe_layer_info* info);
+
+/* Computes the layer. workspace: at least fourmoe_layer_info.workspace_bytes, aligned to 64; null: the layer's own, and
+ * calls then take turns. T may be 0. */
+FOURMOE_API fourmoe_status fourmoe_layer_run(fourmoe_layer* layer, const fourmoe_call* call, void* workspace,
+                                             int64_t workspace_bytes);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FOURMOE_FOURMOE_H */

@@ -1,0 +1,87 @@
+#include "backends/cpu/atom.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own header: bug 105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+namespace fourmoe::cpu {
+namespace {
+
+// 32 vector registers: 12 tokens take 24 for block sums and totals, which leaves 8 for the table, codes and weights.
+constexpr int kTile = 12;
+constexpr int kWide = 12;
+
+struct Lanes {
+  using F = __m512;
+  using U = __m512i;
+  static constexpr int kRows = 16;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static F load_f32(const std::byte* p) { return _mm512_load_ps(p); }
+  static F load_bf16(const std::byte* p) { return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static void store(float* p, F value) { _mm512_store_ps(p, value); }
+  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+  static U words(const std::byte* p) { return _mm512_load_si512(p); }
+
+  // The permutation reads the low 4 bits of each lane.
+  template <int J>
+  static F code(U words) {
+    const F table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
+                                   -3.0f, -4.0f, -6.0f);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * J), table);
+  }
+
+  static U bytes(const std::byte* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F ue5m3(const std::byte* p) {
+    return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bytes(p), 20)), _mm512_set1_ps(0x1p112f));
+  }
+  // Byte 0 is 2^-127, an f32 subnormal.
+  static F e8m0(const std::byte* p) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_slli_epi32(bytes(p), 23), _mm512_set1_epi32(0x00400000)));
+  }
+};
+
+__m256i load_halves(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+void widen_bf16(const std::uint8_t* row, std::int32_t blocks, float* out, std::int64_t stride) {
+  for (std::int32_t b = 0; b < blocks; ++b) _mm512_store_ps(out + b * stride, Lanes::widen(load_halves(row + 32 * b)));
+}
+
+void widen_f16(const std::uint8_t* row, std::int32_t blocks, float* out, std::int64_t stride) {
+  for (std::int32_t b = 0; b < blocks; ++b)
+    _mm512_store_ps(out + b * stride, _mm512_cvtph_ps(load_halves(row + 32 * b)));
+}
+
+}  // namespace
+}  // namespace fourmoe::cpu
+
+#include "backends/cpu/atom_kernel.h"
+
+namespace fourmoe::cpu {
+
+const Atom* atom_avx512() {
+  static constexpr Atom kAtom = make_atom(widen_bf16, widen_f16);
+  return &kAtom;
+}
+
+}  // namespace fourmoe::cpu
+
+#else
+
+namespace fourmoe::cpu {
+const Atom* atom_avx512() { return nullptr; }
+}  // namespace fourmoe::cpu
+
+#endif

@@ -1,0 +1,165 @@
+// The loop nest of atom.h, once for all levels. A level's source defines in an unnamed namespace, before it includes
+// this header, a struct Lanes:
+//   F, U                    vectors of kRows f32 and of kRows u32, a lane a row; kRows divides 16
+//   F zero(), broadcast(const float*), load_f32(p), load_bf16(p), mul(a, b), fma(a, b, c) = a * b + c, add(a, b)
+//   void store(float*, F)
+//   U words(p)              kRows words of 8 codes
+//   F code<j>(U)            the E2M1 value of nibble j
+//   F ue5m3(p), e8m0(p)     kRows scale bytes
+//   prefetch(p)
+// and kTile, the most tokens of a tile, and kWide, the most tokens for which the vectors of 16 rows are summed together
+// rather than one after the other. Everything here is unnamed too: no code of one level can end up in another.
+#pragma once
+
+#include <utility>
+
+#include "backends/cpu/atom.h"
+
+namespace fourmoe::cpu {
+namespace {
+
+#define FOURMOE_INLINE __attribute__((always_inline)) inline
+
+// f(0), f(1), ... f(N - 1), each with its index as a constant.
+template <int N, class F>
+FOURMOE_INLINE void unroll(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }
+  (std::make_integer_sequence<int, N>{});
+}
+
+enum Scale { kUe5m3, kE8m0 };
+
+// How far ahead of the multiplication a panel's bytes are asked for: about 100 ns at 15 GB/s.
+constexpr int kAhead = 2048;
+
+// 4-bit panels: a block's codes and scales, see weights/packed.h.
+template <Scale S>
+struct Fp4 {
+  using F = Lanes::F;
+  static constexpr bool kScaled = true;
+  static constexpr int kBlockBytes = 9 * kPanelRows;
+
+  const std::byte* codes;
+  const std::byte* scales;
+
+  FOURMOE_INLINE Fp4(const std::byte* panel, int block, int blocks) {
+    const int first = block & ~3;  // kGroupBlocks is 4
+    const int in_group = blocks - first < 4 ? blocks - first : 4;
+    const std::byte* group = panel + static_cast<std::int64_t>(first) * kBlockBytes;
+    codes = group + (block - first) * 8 * kPanelRows;
+    scales = group + (in_group * 8 + (block - first)) * kPanelRows;
+  }
+
+  template <int Row>
+  FOURMOE_INLINE Lanes::U words(int half) const {
+    return Lanes::words(codes + (half * kPanelRows + Row) * 4);
+  }
+  template <int Row>
+  FOURMOE_INLINE F scale() const {
+    return S == kUe5m3 ? Lanes::ue5m3(scales + Row) : Lanes::e8m0(scales + Row);
+  }
+};
+
+template <int ValueBytes>
+struct Dense {
+  using F = Lanes::F;
+  static constexpr bool kScaled = false;
+  static constexpr int kBlockBytes = 16 * kPanelRows * ValueBytes;
+
+  const std::byte* values;
+
+  FOURMOE_INLINE Dense(const std::byte* panel, int block, int)
+      : values(panel + static_cast<std::int64_t>(block) * kBlockBytes) {}
+
+  template <int Row, int K>
+  FOURMOE_INLINE F weight() const {
+    const std::byte* at = values + (K * kPanelRows + Row) * ValueBytes;
+    if constexpr (ValueBytes == 2) return Lanes::load_bf16(at);
+    else return Lanes::load_f32(at);
+  }
+};
+
+// Sums of one block: `sum[p][m]` over its 16 columns for V vectors of rows from Row on.
+template <class Block, int M, int V, int Row>
+FOURMOE_INLINE void sum_block(const Block& block, const float* x, Lanes::F (&sum)[V][M]) {
+  unroll<2>([&](auto half) __attribute__((always_inline)) {
+    typename Lanes::U words[V];
+    if constexpr (Block::kScaled) {
+      unroll<V>([&](auto v)
+                    __attribute__((always_inline)) { words[v] = block.template words<Row + v * Lanes::kRows>(half); });
+    }
+    unroll<8>([&](auto j) __attribute__((always_inline)) {
+      constexpr int k = half * 8 + j;
+      unroll<V>([&](auto v) __attribute__((always_inline)) {
+        typename Lanes::F weight;
+        if constexpr (Block::kScaled) weight = Lanes::template code<j>(words[v]);
+        else weight = block.template weight<Row + v * Lanes::kRows, k>();
+        unroll<M>([&](auto m) __attribute__((always_inline)) {
+          const auto token = Lanes::broadcast(x + m * 16 + k);
+          if constexpr (k == 0) sum[v][m] = Lanes::mul(weight, token);
+          else sum[v][m] = Lanes::fma(weight, token, sum[v][m]);
+        });
+      });
+    });
+  });
+}
+
+// V vectors of rows of one panel, from Row on, by M tokens over all columns.
+template <class Block, int M, int V, int Row>
+FOURMOE_INLINE void multiply_rows(const std::byte* panel, int blocks, const float* x, float* out) {
+  typename Lanes::F total[V][M];
+  unroll<V * M>([&](auto i) __attribute__((always_inline)) { total[i / M][i % M] = Lanes::zero(); });
+  for (int b = 0; b < blocks; ++b, x += M * 16) {
+    const Block block(panel, b, blocks);
+    for (int line = 0; line < Block::kBlockBytes; line += 64) {
+      if (Row == 0) Lanes::prefetch(panel + static_cast<std::int64_t>(b) * Block::kBlockBytes + kAhead + line);
+    }
+    typename Lanes::F sum[V][M];
+    sum_block<Block, M, V, Row>(block, x, sum);
+    unroll<V>([&](auto v) __attribute__((always_inline)) {
+      typename Lanes::F scale;
+      if constexpr (Block::kScaled) scale = block.template scale<Row + v * Lanes::kRows>();
+      unroll<M>([&](auto m) __attribute__((always_inline)) {
+        if constexpr (Block::kScaled) total[v][m] = Lanes::fma(scale, sum[v][m], total[v][m]);
+        else total[v][m] = Lanes::add(total[v][m], sum[v][m]);
+      });
+    });
+  }
+  unroll<V * M>([&](auto i) __attribute__((always_inline)) {
+    Lanes::store(out + (i % M) * kPanelRows + Row + (i / M) * Lanes::kRows, total[i / M][i % M]);
+  });
+}
+
+template <class Block, int M>
+void multiply(const Strip& strip) {
+  constexpr int kVectors = M <= kWide ? kPanelRows / Lanes::kRows : 1;
+  for (int p = 0; p < strip.count; ++p) {
+    unroll<kPanelRows / Lanes::kRows / kVectors>([&](auto part) __attribute__((always_inline)) {
+      multiply_rows<Block, M, kVectors, part * kVectors * Lanes::kRows>(strip.panels + p * strip.stride, strip.blocks,
+                                                                        strip.x, strip.out + p * M * kPanelRows);
+    });
+  }
+}
+
+template <class Block, int... I>
+constexpr void fill(Atom::Multiply* row, std::integer_sequence<int, I...>) {
+  ((row[I] = multiply<Block, I + 1>), ...);
+}
+
+constexpr Atom make_atom(Atom::Widen widen_bf16, Atom::Widen widen_f16) {
+  Atom atom{};
+  atom.tile = kTile;
+  constexpr auto tokens = std::make_integer_sequence<int, kTile>{};
+  fill<Fp4<kUe5m3>>(atom.multiply[0], tokens);  // in the order of weights::PanelFormat
+  fill<Fp4<kE8m0>>(atom.multiply[1], tokens);
+  fill<Dense<2>>(atom.multiply[2], tokens);
+  fill<Dense<4>>(atom.multiply[3], tokens);
+  atom.widen_bf16 = widen_bf16;
+  atom.widen_f16 = widen_f16;
+  return atom;
+}
+
+}  // namespace
+}  // namespace fourmoe::cpu

@@ -1,0 +1,68 @@
+// The level of any CPU: vectors of four lanes, which compilers map to SSE2, NEON or scalars.
+#include <bit>
+
+#include "backends/cpu/atom.h"
+#include "format/nvfp4.h"
+
+namespace fourmoe::cpu {
+namespace {
+
+constexpr int kTile = 4;
+constexpr int kWide = 0;  // always one vector after the other
+
+struct Lanes {
+  typedef float F __attribute__((vector_size(16)));
+  typedef std::uint32_t U __attribute__((vector_size(16)));
+  static constexpr int kRows = 4;
+
+  static F zero() { return F{}; }
+  static F broadcast(const float* p) { return F{*p, *p, *p, *p}; }
+  static F load_f32(const std::byte* p) { return format::load<F>(p); }
+  static F load_bf16(const std::byte* p) {
+    const auto at = [p](int i) { return format::from_bf16(format::load<u16>(p + 2 * i)); };
+    return F{at(0), at(1), at(2), at(3)};
+  }
+  static F mul(F a, F b) { return a * b; }
+  static F add(F a, F b) { return a + b; }
+  static F fma(F a, F b, F c) { return a * b + c; }  // rounds twice; the other levels once
+  static void store(float* p, F value) { std::memcpy(p, &value, sizeof value); }
+  static void prefetch(const std::byte*) {}
+
+  static U words(const std::byte* p) { return format::load<U>(p); }
+
+  template <int J>
+  static F code(U words) {
+    const U codes = (words >> (4 * J)) & 15u;
+    return F{format::kE2m1[codes[0]], format::kE2m1[codes[1]], format::kE2m1[codes[2]], format::kE2m1[codes[3]]};
+  }
+
+  static F ue5m3(const std::byte* p) {
+    const auto at = [p](int i) { return std::bit_cast<f32>(static_cast<u32>(p[i]) << 20) * 0x1p112f; };
+    return F{at(0), at(1), at(2), at(3)};
+  }
+  static F e8m0(const std::byte* p) {
+    const auto at = [p](int i) { return format::from_e8m0(static_cast<u8>(p[i])); };
+    return F{at(0), at(1), at(2), at(3)};
+  }
+};
+
+template <f32 (*Read)(u16)>
+void widen(const u8* row, i32 blocks, f32* out, i64 stride) {
+  for (i32 b = 0; b < blocks; ++b, row += 32, out += stride) {
+    for (i32 i = 0; i < 16; ++i) out[i] = Read(format::load<u16>(row + 2 * i));
+  }
+}
+
+}  // namespace
+}  // namespace fourmoe::cpu
+
+#include "backends/cpu/atom_kernel.h"
+
+namespace fourmoe::cpu {
+
+const Atom* atom_portable() {
+  static constexpr Atom kAtom = make_atom(widen<format::from_bf16>, widen<format::from_f16>);
+  return &kAtom;
+}
+
+}  // namespace fourmoe::cpu

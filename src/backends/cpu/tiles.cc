@@ -1,0 +1,203 @@
+#include "backends/cpu/tiles.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace fourmoe::cpu {
+namespace {
+
+// A chunk's f32 rows share the second-level cache (1 to 2 MiB on today's cores) with the panels that stream by.
+constexpr i64 kChunkBytes = 512 << 10;
+constexpr i32 kMostChunkRows = 64;   // more rows bring no further reuse and make items coarse
+constexpr i32 kItemsAWorker = 32;    // the last item to finish costs at most a thirty-second of the time
+constexpr i32 kLeastItemPanels = 4;  // below this, taking an item and loading its rows show
+
+i32 ceil_div(i32 a, i32 b) { return (a + b - 1) / b; }
+
+i32 chunk_rows(i32 cols) {
+  const i32 fitting = static_cast<i32>(kChunkBytes / (4 * i64{cols}));
+  return std::clamp(fitting / kMaxTile * kMaxTile, kMaxTile, kMostChunkRows / kMaxTile * kMaxTile);
+}
+
+i32 workers(const Machine& machine) { return std::max(machine.cores, 1); }
+
+// Slots [first, first + rows) of one local expert.
+struct Unit {
+  i32 expert = 0;
+  i32 first = 0;
+  i32 rows = 0;
+};
+
+// Walks the units in order; seek goes forward only.
+class Units {
+ public:
+  Units(const i32* expert_begin, i32 experts, i32 rows) : begin_(expert_begin), experts_(experts), rows_(rows) {}
+
+  i32 count() const {
+    i32 total = 0;
+    for (i32 e = 0; e < experts_; ++e) total += chunks(e);
+    return total;
+  }
+
+  Unit seek(i32 index) {
+    while (index - passed_ >= chunks(expert_)) passed_ += chunks(expert_++);
+    const i32 n = begin_[expert_ + 1] - begin_[expert_];
+    const i32 parts = chunks(expert_);
+    const i32 part = index - passed_;
+    // Chunks of even size: 65 rows are 33 and 32, not 64 and 1.
+    const i32 from = static_cast<i32>(i64{n} * part / parts);
+    const i32 to = static_cast<i32>(i64{n} * (part + 1) / parts);
+    return {expert_, begin_[expert_] + from, to - from};
+  }
+
+ private:
+  i32 chunks(i32 e) const { return ceil_div(begin_[e + 1] - begin_[e], rows_); }
+
+  const i32* begin_;
+  i32 experts_;
+  i32 rows_;
+  i32 expert_ = 0;
+  i32 passed_ = 0;  // units of the experts before expert_
+};
+
+// The cut of a product into items; item i is part i % parts of unit i / parts.
+struct Cut {
+  i32 parts;   // ranges of strips
+  i32 strips;  // of a blob
+  i32 items;
+};
+
+Cut cut(const Product& product, i32 units, i32 threads) {
+  const i32 strips = ceil_div(product.panels(), product.strip_panels());
+  const i32 most = std::max(1, product.panels() / kLeastItemPanels);
+  const i32 parts = std::clamp(ceil_div(kItemsAWorker * threads, std::max(units, 1)), 1, most);
+  return {parts, strips, units * parts};
+}
+
+class Worker {
+ public:
+  Worker(const Product& product, const Args& args, const Atom& atom, f32* x)
+      : product_(product), args_(args), atom_(atom), x_(x), blocks_(product.cols() / 16) {
+    format_ = weights::panel_format(args.problem->encoding);
+    stride_ = weights::panel_bytes(format_, kOrder, product.cols());
+  }
+
+  // Strips [from, to) times the unit's rows.
+  void run(const Unit& unit, i32 from, i32 to) {
+    if (unit.first != held_.first || unit.rows != held_.rows) load(unit);
+    const i32 tiles = ceil_div(unit.rows, atom_.tile);
+    for (i32 strip = from; strip < to; ++strip) {
+      for (i32 tile = 0; tile < tiles; ++tile) multiply_tile(unit, strip, tile, tiles);
+    }
+  }
+
+ private:
+  static i32 tile_begin(const Unit& unit, i32 tile, i32 tiles) { return unit.rows * tile / tiles; }
+
+  void load(const Unit& unit) {
+    const i32 tiles = ceil_div(unit.rows, atom_.tile);
+    for (i32 tile = 0; tile < tiles; ++tile) {
+      const i32 begin = tile_begin(unit, tile, tiles);
+      const i32 rows = tile_begin(unit, tile + 1, tiles) - begin;
+      f32* x = x_ + i64{begin} * product_.cols();
+      for (i32 r = 0; r < rows; ++r) product_.load(unit.first + begin + r, x + 16 * r, 16 * rows);
+    }
+    held_ = unit;
+  }
+
+  void multiply_tile(const Unit& unit, i32 strip, i32 tile, i32 tiles) {
+    const i32 begin = tile_begin(unit, tile, tiles);
+    const i32 rows = tile_begin(unit, tile + 1, tiles) - begin;
+    const i32 panel = strip * product_.strip_panels();
+    const i32 panels = std::min(product_.strip_panels(), product_.panels() - panel);
+    const weights::Expert& expert = args_.weights.experts[unit.expert];
+    alignas(64) f32 sums[kStripPanels * kMaxTile * kPanelRows];
+    atom_.multiply[static_cast<int>(format_)][rows - 1](
+        {product_.blob(expert) + panel * stride_, stride_, panels, blocks_, x_ + i64{begin} * product_.cols(), sums});
+    product_.store({&expert, unit.first + begin, rows, panel, panels, sums});
+  }
+
+  const Product& product_;
+  const Args& args_;
+  const Atom& atom_;
+  f32* x_;  // [chunk_rows, cols], tile after tile in the atom's order
+  i32 blocks_;
+  i64 stride_;
+  weights::PanelFormat format_;
+  Unit held_;
+};
+
+Status check_weights(const Product& product, const Args& args) {
+  for (const weights::Expert& expert : args.weights.experts) {
+    if (product.blob(expert) != nullptr) continue;
+    return refuse(Reason::internal, fmt::format("expert {} is not packed for the cpu room",
+                                                args.problem->first_expert + (&expert - args.weights.experts.data())));
+  }
+  return {};
+}
+
+}  // namespace
+
+const Atom* atom_of(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::portable: return atom_portable();
+    case CpuLevel::avx2: return atom_avx2();
+    case CpuLevel::avx512: return atom_avx512();
+  }
+  return nullptr;
+}
+
+void widen_nvfp4(const u8* codes, const u8* scales, i32 blocks, f32* x, i64 stride) {
+  for (i32 b = 0; b < blocks; ++b) {
+    const f32 scale = format::from_e4m3(scales[b]);
+    f32* out = x + b * stride;
+    for (i32 i = 0; i < 16; ++i) out[i] = format::from_e2m1(format::code_at(codes, 16 * i64{b} + i)) * scale;
+  }
+}
+
+Verdict can(const Problem& problem, const Machine& machine) {
+  if (atom_of(machine.cpu_level) == nullptr) {
+    return reject(Reason::not_built, fmt::format("this build has no {} level; FOURMOE_CPU_LEVEL=portable would pass",
+                                                 cpu_level_name(machine.cpu_level)));
+  }
+  if (problem.precision == Precision::w4a4 && !format::is_fp4(problem.encoding)) {
+    return reject(Reason::precision_unsupported, fmt::format("w4a4 needs 4-bit weights, these are {}; w4a16 would pass",
+                                                             format::encoding_name(problem.encoding)));
+  }
+  return accept();
+}
+
+std::string describe(const Problem&, const Machine& machine) {
+  const Atom* atom = atom_of(machine.cpu_level);
+  return fmt::format("{}, panels of {} rows, up to {} tokens a tile", cpu_level_name(machine.cpu_level), kPanelRows,
+                     atom == nullptr ? 0 : atom->tile);
+}
+
+i64 scratch_bytes(i32 cols, const Machine& machine) { return i64{4} * workers(machine) * chunk_rows(cols) * cols; }
+
+Status multiply(const Product& product, const Args& args, std::byte* scratch) {
+  if (Status status = check_weights(product, args); !status.ok()) return status;
+  const i32 rows = chunk_rows(product.cols());
+  const Units units(args.slots.expert_begin, args.problem->local_experts, rows);
+  const i32 threads = std::min(args.executor->threads(), workers(*args.machine));
+  const Cut plan = cut(product, units.count(), threads);
+  const Atom& atom = *atom_of(args.machine->cpu_level);
+
+  std::atomic<i32> next = 0;
+  args.executor->parallel_for(std::min(threads, plan.items), [&](i64 index) {
+    f32* x = reinterpret_cast<f32*>(scratch) + index * rows * product.cols();
+    Worker worker(product, args, atom, x);
+    Units own = units;
+    for (i32 item = next++; item < plan.items; item = next++) {
+      const Unit unit = own.seek(item / plan.parts);
+      const i64 part = item % plan.parts;
+      worker.run(unit, static_cast<i32>(part * plan.strips / plan.parts),
+                 static_cast<i32>((part + 1) * plan.strips / plan.parts));
+    }
+  });
+  return {};
+}
+
+}  // namespace fourmoe::cpu

@@ -1,0 +1,100 @@
+#include <algorithm>
+
+#include "backends/reference/atom.h"
+#include "format/quantise.h"
+#include "gemm1/activation.h"
+
+namespace fourmoe::reference {
+namespace {
+
+// Through f32, as every room holds it before it rounds.
+f64 round_to(format::Dtype dtype, f64 value) {
+  const f32 single = static_cast<f32>(value);
+  return dtype == format::Dtype::f16 ? format::from_f16(format::to_f16_saturated(single))
+                                     : format::from_bf16(format::to_bf16(single));
+}
+
+Row through_nvfp4(const Row& values, f32 global) {
+  const i64 n = static_cast<i64>(values.size());
+  const std::vector<f32> single(values.begin(), values.end());
+  std::vector<u8> codes(n / 2);
+  std::vector<u8> scales(n / format::kNvfp4Block);
+  std::vector<f32> decoded(n);
+  format::quantise_row(single.data(), n, global, codes.data(), scales.data());
+  format::dequantise_row(codes.data(), scales.data(), n, decoded.data());
+  Row out(decoded.begin(), decoded.end());
+  for (f64& value : out) value *= global;
+  return out;
+}
+
+// Stage by stage: every slot's intermediate, where whole.cc goes token by token.
+Status run(const Bound& bound) {
+  const Args& args = *bound.args;
+  const Problem& problem = *args.problem;
+  const i64 inter = problem.inter;
+  args.executor->parallel_for(args.slots.expert_begin[problem.local_experts], [&](i64 slot) {
+    const i64 pick = args.slots.slot_pick[slot];
+    const weights::Expert& expert = args.weights.experts[args.slots.ids[pick] - problem.first_expert];
+    const Row y = gemm1(problem, expert, token(args, pick / problem.top_k, args.slots.weights[pick]));
+    const std::vector<f32> single(y.begin(), y.end());
+    if (problem.precision == Precision::w4a4) {
+      format::quantise_row(single.data(), inter, expert.inter_scale, args.inter.codes + slot * (inter / 2),
+                           args.inter.scales + slot * (inter / format::kNvfp4Block));
+      return;
+    }
+    for (i64 i = 0; i < inter; ++i) format::write(args.inter.rows + slot * inter, problem.activations, i, single[i]);
+  });
+  return {};
+}
+
+}  // namespace
+
+f64 dot(const format::Matrix& weights, i64 row, const Row& x) {
+  f64 sum = 0.0;
+  for (i64 k = 0; k < weights.cols; ++k) sum += format::weight_at(weights, row, k) * x[k];
+  return sum * weights.global;
+}
+
+Row token(const Args& args, i64 index, f32 weight) {
+  const Problem& problem = *args.problem;
+  const u8* row = args.hidden.row(index);
+  Row x(problem.hidden);
+  for (i64 k = 0; k < problem.hidden; ++k) x[k] = format::read(row, args.hidden.dtype, k);
+  const bool weighted = problem.routing.weight_on_input;
+  if (problem.precision == Precision::w4a4) {
+    for (f64& value : x) value = weighted ? static_cast<f32>(value) * weight : value;
+    return through_nvfp4(x, args.weights.input_scale);
+  }
+  for (f64& value : x) {
+    value = round_to(problem.activations, value);
+    if (weighted) value = round_to(problem.activations, value * weight);
+  }
+  return x;
+}
+
+Row gemm1(const Problem& problem, const weights::Expert& expert, const Row& x) {
+  Row y(problem.inter);
+  for (i64 i = 0; i < problem.inter; ++i) {
+    f64 gate = 0.0;
+    if (problem.activation.gated()) gate = dot(expert.gate, i, x) + (expert.gate_bias ? expert.gate_bias[i] : 0.0f);
+    const f64 up = dot(expert.up, i, x) + (expert.up_bias ? expert.up_bias[i] : 0.0f);
+    y[i] = fourmoe::gemm1::activate(problem.activation, gate, up);
+  }
+  return y;
+}
+
+Row round(const Problem& problem, const Row& y, f32 global) {
+  if (problem.precision == Precision::w4a4) return through_nvfp4(y, global);
+  Row rounded(y.size());
+  std::transform(y.begin(), y.end(), rounded.begin(), [&](f64 value) { return round_to(problem.activations, value); });
+  return rounded;
+}
+
+Verdict can(const Problem&, const Machine&) { return accept(); }
+
+extern const Step kGemm1;
+const Step kGemm1 = {
+    "reference", "gemm1", {Stage::gemm1, Stage::gemm1}, can, [](const Problem&, const Machine&) { return i64{0}; },
+    run};
+
+}  // namespace fourmoe::reference

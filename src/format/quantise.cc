@@ -1,0 +1,42 @@
+#include "format/quantise.h"
+
+#include <algorithm>
+
+namespace fourmoe::format {
+namespace {
+
+f32 block_amax(const f32* x) {
+  f32 amax = 0.0f;
+  for (i32 i = 0; i < kNvfp4Block; ++i) {
+    if (x[i] != x[i]) return x[i];
+    amax = std::max(amax, std::fabs(x[i]));
+  }
+  return amax;
+}
+
+u8 block_scale(f32 amax, f32 global) {
+  const f32 scale = amax / (kE2m1Max * global);
+  if (scale == 0.0f) return to_e4m3(1.0f);
+  return to_e4m3(scale < 0x1p-9f ? 0x1p-9f : scale);  // to_e4m3 saturates; NaN passes
+}
+
+}  // namespace
+
+void quantise_row(const f32* x, i64 n, f32 global, u8* codes, u8* scales) {
+  for (i64 block = 0; block < n / kNvfp4Block; ++block) {
+    const f32* values = x + block * kNvfp4Block;
+    scales[block] = block_scale(block_amax(values), global);
+    const f32 step = from_e4m3(scales[block]) * global;
+    for (i32 pair = 0; pair < kNvfp4Block / 2; ++pair) {
+      const u8 low = to_e2m1(values[2 * pair] / step);
+      const u8 high = to_e2m1(values[2 * pair + 1] / step);
+      codes[block * 8 + pair] = static_cast<u8>(low | high << 4);
+    }
+  }
+}
+
+void dequantise_row(const u8* codes, const u8* scales, i64 n, f32* out) {
+  for (i64 i = 0; i < n; ++i) out[i] = from_e2m1(code_at(codes, i)) * from_e4m3(scales[i / kNvfp4Block]);
+}
+
+}  // namespace fourmoe::format

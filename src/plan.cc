@@ -1,0 +1,189 @@
+#include "plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "backends/list.h"
+
+namespace fourmoe::plan {
+namespace {
+
+using format::Dtype;
+using format::Tensor;
+
+bool ends_at(const Plan& plan, Stage stage) {
+  return std::any_of(plan.steps.begin(), plan.steps.end(), [&](const Step* s) { return s->span.last == stage; });
+}
+
+// The one layout of the workspace: what passes between stages, then the steps' scratch, which they share.
+std::byte* lay_out(const Plan& plan, Carver* carver, Args* args, i64 scratch_bytes) {
+  const Problem& p = plan.problem;
+  const i64 picks = i64{p.max_tokens} * p.top_k;
+  const bool quantised = p.precision == Precision::w4a4;
+  args->slots.ids = carver->take<i32>(picks);
+  args->slots.weights = carver->take<f32>(picks);
+  args->slots.expert_begin = carver->take<i32>(p.local_experts + 1);
+  args->slots.slot_pick = carver->take<i32>(picks);
+  args->slots.pick_slot = carver->take<i32>(picks);
+  if (quantised && ends_at(plan, Stage::route)) {
+    args->slots.codes = carver->take<u8>(i64{p.max_tokens} * p.hidden / 2);
+    args->slots.scales = carver->take<u8>(i64{p.max_tokens} * p.hidden / format::kNvfp4Block);
+  }
+  if (ends_at(plan, Stage::gemm1) && quantised) {
+    args->inter.codes = carver->take<u8>(picks * p.inter / 2);
+    args->inter.scales = carver->take<u8>(picks * p.inter / format::kNvfp4Block);
+  } else if (ends_at(plan, Stage::gemm1)) {
+    args->inter.rows = carver->take<u16>(picks * p.inter);
+  }
+  if (ends_at(plan, Stage::gemm2)) args->partial.rows = carver->take<f32>(picks * p.hidden);
+  return carver->take<std::byte>(scratch_bytes);
+}
+
+i64 scratch_bytes(const Plan& plan, const Machine& machine) {
+  i64 most = 0;
+  for (const Step* step : plan.steps) most = std::max(most, step->bytes(plan.problem, machine));
+  return most;
+}
+
+bool asked_for(const Step& step, const Request& request) {
+  const bool pinned_elsewhere = std::any_of(request.pinned.begin(), request.pinned.end(), [&](const Step* pin) {
+    return pin != &step && pin->span.first <= step.span.last && step.span.first <= pin->span.last;
+  });
+  if (pinned_elsewhere) return false;
+  const bool pinned = std::find(request.pinned.begin(), request.pinned.end(), &step) != request.pinned.end();
+  return pinned || request.backend == "auto" || step.room == request.backend || step.room == "host";
+}
+
+Verdict judge(const Step& step, const Problem& problem, const Machine& machine, const Request& request) {
+  if (!asked_for(step, request)) {
+    return reject(Reason::not_asked_for, fmt::format("backend {} was asked for", request.backend));
+  }
+  return step.can(problem, machine);
+}
+
+// Depth first in the order given: the first cover found prefers earlier steps at each stage.
+bool cover(const std::vector<Candidate>& candidates, int stage, std::vector<const Step*>* steps) {
+  if (stage > static_cast<int>(Stage::combine)) return true;
+  for (const Candidate& candidate : candidates) {
+    if (!candidate.verdict.accepted() || static_cast<int>(candidate.step->span.first) != stage) continue;
+    steps->push_back(candidate.step);
+    if (cover(candidates, static_cast<int>(candidate.step->span.last) + 1, steps)) return true;
+    steps->pop_back();
+  }
+  return false;
+}
+
+// The list's order, but steps of the room that was asked for come before the host's bodies.
+std::vector<Candidate> preferred(std::vector<Candidate> candidates, const Request& request) {
+  std::stable_partition(candidates.begin(), candidates.end(),
+                        [&](const Candidate& c) { return c.step->room == request.backend; });
+  return candidates;
+}
+
+Status check_backend(const std::string& backend) {
+  if (backend == "auto") return {};
+  std::string rooms = "auto";
+  for (const Step* step : backends::list()) {
+    if (step->room == backend && backend != "host") return {};
+    if (step->room != "host" && rooms.find(step->room) == std::string::npos) rooms += fmt::format(", {}", step->room);
+  }
+  return refuse(Reason::argument_invalid, fmt::format("no backend is called '{}'; there are {}", backend, rooms));
+}
+
+Status refuse_plan(const Plan& plan) {
+  std::string why;
+  for (const Candidate& c : plan.candidates) {
+    if (c.verdict.accepted() || c.verdict.reason == Reason::not_asked_for) continue;
+    why += fmt::format("{}{}.{}: {}", why.empty() ? "" : "; ", c.step->room, c.step->name, c.verdict.detail);
+  }
+  return refuse(Reason::no_plan, fmt::format("no accepted steps cover the layer ({})", why));
+}
+
+Status check_tensor(const char* name, const Tensor& tensor, i64 rows, i64 cols, std::initializer_list<Dtype> dtypes) {
+  if (tensor.empty() && rows > 0) return refuse(Reason::argument_invalid, fmt::format("{} is null", name));
+  if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype) == dtypes.end()) {
+    return refuse(Reason::dtype_unsupported, fmt::format("{} is {}", name, format::dtype_name(tensor.dtype)));
+  }
+  if (tensor.rows < rows || tensor.cols != cols) {
+    return refuse(Reason::argument_invalid,
+                  fmt::format("{} is [{}, {}], expected [{}, {}]", name, tensor.rows, tensor.cols, rows, cols));
+  }
+  if (tensor.stride < cols && rows > 1) {
+    return refuse(Reason::stride_unsupported,
+                  fmt::format("{} has rows {} elements apart, expected at least {}", name, tensor.stride, cols));
+  }
+  return {};
+}
+
+Status check_args(const Plan& plan, const Args& args) {
+  const Problem& p = plan.problem;
+  if (args.tokens < 0 || args.tokens > p.max_tokens) {
+    return refuse(Reason::argument_invalid, fmt::format("{} tokens, expected 0 to {}", args.tokens, p.max_tokens));
+  }
+  if (static_cast<i32>(args.weights.experts.size()) != p.local_experts) {
+    return refuse(Reason::argument_invalid, fmt::format("expert table has {} entries, expected {}",
+                                                        args.weights.experts.size(), p.local_experts));
+  }
+  const auto floats = {Dtype::f32, Dtype::f16, Dtype::bf16};
+  Status status = check_tensor("hidden_states", args.hidden, args.tokens, p.hidden, floats);
+  if (status.ok()) status = check_tensor("output", args.output.output, args.tokens, p.hidden, floats);
+  const bool routed = !args.picks.logits.empty();
+  if (routed != args.picks.ids.empty() && args.tokens > 0) {
+    return refuse(Reason::argument_invalid, "give either router_logits, or topk_ids with topk_weights");
+  }
+  if (status.ok() && routed) {
+    status = check_tensor("router_logits", args.picks.logits, args.tokens, p.experts, floats);
+  } else if (status.ok()) {
+    status = check_tensor("topk_ids", args.picks.ids, args.tokens, p.top_k, {Dtype::i32, Dtype::i64});
+    if (status.ok()) status = check_tensor("topk_weights", args.picks.weights, args.tokens, p.top_k, floats);
+  }
+  return status;
+}
+
+}  // namespace
+
+Status make(const Problem& problem, const Machine& machine, const Request& request, Plan* out) {
+  *out = Plan{};
+  out->problem = problem;
+  if (Status status = check_backend(request.backend); !status.ok()) return status;
+  const Verdict general = check(problem);
+  for (const Step* step : backends::list()) {
+    out->candidates.push_back({step, general.accepted() ? judge(*step, problem, machine, request) : general, false});
+  }
+  if (!general.accepted()) return refuse(general.reason, general.detail);
+  if (!cover(preferred(out->candidates, request), 0, &out->steps)) return refuse_plan(*out);
+  for (Candidate& candidate : out->candidates) {
+    candidate.chosen = std::find(out->steps.begin(), out->steps.end(), candidate.step) != out->steps.end();
+    if (candidate.chosen && candidate.step->room != "host") out->backend = candidate.step->room;
+  }
+  Args unused;
+  Carver carver(nullptr);
+  lay_out(*out, &carver, &unused, scratch_bytes(*out, machine));
+  out->workspace_bytes = carver.used();
+  return {};
+}
+
+Status run(const Plan& plan, Args args, Workspace workspace) {
+  if (Status status = check_args(plan, args); !status.ok()) return status;
+  if (args.tokens == 0) return {};
+  if (workspace.data == nullptr || workspace.bytes < plan.workspace_bytes) {
+    return refuse(Reason::workspace_too_small, fmt::format("workspace has {} bytes, the plan needs {}",
+                                                           workspace.data ? workspace.bytes : 0, plan.workspace_bytes));
+  }
+  if (reinterpret_cast<std::uintptr_t>(workspace.data) % kWorkspaceAlignment != 0) {
+    return refuse(Reason::argument_invalid, fmt::format("workspace is not aligned to {} bytes", kWorkspaceAlignment));
+  }
+  args.problem = &plan.problem;
+  args.machine = &machine();
+  Carver carver(workspace.data);
+  std::byte* scratch = lay_out(plan, &carver, &args, scratch_bytes(plan, *args.machine));
+  if (args.picked.ids != nullptr) args.slots.ids = args.picked.ids;
+  if (args.picked.weights != nullptr) args.slots.weights = args.picked.weights;
+  for (const Step* step : plan.steps) {
+    if (Status status = step->run({step, &args, scratch}); !status.ok()) return status;
+  }
+  return {};
+}
+
+}  // namespace fourmoe::plan

@@ -1,0 +1,218 @@
+// The public faces, C and C++, as a program that links only the shared library sees them.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fourmoe/fourmoe.hpp"
+
+namespace {
+
+constexpr int kHidden = 32, kInter = 16, kExperts = 4, kTopK = 2;
+
+// A layer whose every weight is `value`: gate and up see sum(x) * value, so the output is known in closed form.
+struct Constant {
+  explicit Constant(std::uint8_t code = 0x22, std::uint8_t scale = 0x38, float global = 0.125f)
+      : codes(kHidden * kInter / 2, code), scales(kHidden * kInter / 16, scale) {
+    const fourmoe_matrix matrix{codes.data(), scales.data(), 0, 0, global, 0};
+    fourmoe_expert expert{};
+    expert.gate = expert.up = expert.down = matrix;
+    experts.assign(kExperts, expert);
+    desc.struct_size = sizeof desc;
+    desc.hidden = kHidden;
+    desc.inter = kInter;
+    desc.experts = kExperts;
+    desc.top_k = kTopK;
+    desc.expert_table = experts.data();
+    desc.renormalise = 1;
+  }
+  std::vector<std::uint8_t> codes, scales;
+  std::vector<fourmoe_expert> experts;
+  fourmoe_layer_desc desc{};
+};
+
+struct Buffers {
+  explicit Buffers(int tokens)
+      : x(tokens * kHidden, 0.5f), y(tokens * kHidden, NAN), ids(tokens * kTopK), w(tokens * kTopK, 0.5f) {
+    for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int32_t>(i % kExperts);
+    call.hidden_states = fourmoe::view(x.data(), FOURMOE_F32, tokens, kHidden);
+    call.topk_ids = fourmoe::view(ids.data(), FOURMOE_I32, tokens, kTopK);
+    call.topk_weights = fourmoe::view(w.data(), FOURMOE_F32, tokens, kTopK);
+    call.output = fourmoe::view(y.data(), FOURMOE_F32, tokens, kHidden);
+  }
+  std::vector<float> x, y;
+  std::vector<std::int32_t> ids;
+  std::vector<float> w;
+  fourmoe::Call call;
+};
+
+// Weight 1 * 0.125: gate = up = 32 * 0.5 * 0.125 = 2; silu(2) * 2 rounded to bf16; times 16 * 0.125.
+float expected() {
+  const float y = 2.0f / (1.0f + std::exp(-2.0f)) * 2.0f;
+  std::uint32_t bits;
+  std::memcpy(&bits, &y, 4);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  float rounded;
+  std::memcpy(&rounded, &bits, 4);
+  return rounded * 16 * 0.125f;
+}
+
+TEST(Api, ComputesALayerGivenTensorByTensor) {
+  const Constant weights;
+  for (const char* backend : {"auto", "cpu", "reference"}) {
+    fourmoe::Options options;
+    options.backend = backend;
+    fourmoe::Layer layer = fourmoe::Layer::create(weights.desc, options);
+    Buffers b(3);
+    layer.run(b.call);
+    for (const float value : b.y) EXPECT_NEAR(value, expected(), 1e-5f) << backend;
+  }
+}
+
+TEST(Api, RoutesFromLogitsAndReturnsThePicks) {
+  const Constant weights;
+  fourmoe::Layer layer = fourmoe::Layer::create(weights.desc);
+  Buffers b(1);
+  std::vector<float> logits = {0.0f, 3.0f, 1.0f, 2.0f};
+  b.call.topk_ids = b.call.topk_weights = {};
+  b.call.router_logits = fourmoe::view(logits.data(), FOURMOE_F32, 1, kExperts);
+  std::int32_t ids[kTopK];
+  float picked[kTopK];
+  b.call.picked_ids = ids;
+  b.call.picked_weights = picked;
+  layer.run(b.call);
+  EXPECT_EQ(ids[0], 1);
+  EXPECT_EQ(ids[1], 3);
+  EXPECT_NEAR(picked[0] + picked[1], 1.0f, 1e-6f);
+  EXPECT_NEAR(b.y[0], expected(), 1e-5f);
+}
+
+TEST(Api, ReportsWhatALayerIs) {
+  const Constant weights;
+  fourmoe::Options options;
+  options.max_tokens = 7;
+  const fourmoe_layer_info info = fourmoe::Layer::create(weights.desc, options).info();
+  EXPECT_EQ(info.hidden, kHidden);
+  EXPECT_EQ(info.local_experts, kExperts);
+  EXPECT_EQ(info.max_tokens, 7);
+  EXPECT_EQ(info.weight_bytes, kExperts * 3 * kHidden * kInter * 9 / 16);
+  EXPECT_GE(info.packed_bytes, info.weight_bytes);
+  EXPECT_GT(info.workspace_bytes, 0);
+  EXPECT_EQ(info.has_router, 0);
+}
+
+TEST(Api, TakesTheCallersWorkspaceAndThreads) {
+  const Constant weights;
+  std::atomic<int> tasks{0};
+  fourmoe_executor pool{};
+  pool.context = &tasks;
+  pool.threads = 2;
+  pool.run = [](void* context, std::int64_t count, void (*task)(void*, std::int64_t), void* task_context) {
+    *static_cast<std::atomic<int>*>(context) += static_cast<int>(count);
+    for (std::int64_t i = count; i-- > 0;) task(task_context, i);  // any order is legal
+  };
+  fourmoe::Options options;
+  options.executor = &pool;
+  fourmoe::Layer layer = fourmoe::Layer::create(weights.desc, options);
+  const std::int64_t bytes = layer.info().workspace_bytes;
+  std::vector<unsigned char> memory(bytes + 64);
+  void* aligned = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 63) / 64 * 64);
+  Buffers b(3);
+  layer.run(b.call, aligned, bytes);
+  EXPECT_NEAR(b.y[5], expected(), 1e-5f);
+  EXPECT_GT(tasks, 0);
+  EXPECT_THROW(layer.run(b.call, aligned, bytes - 1), fourmoe::Error);
+}
+
+TEST(Api, OneLayerServesManyThreads) {
+  const Constant weights;
+  fourmoe::Layer layer = fourmoe::Layer::create(weights.desc);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&] {
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        Buffers b(5);
+        layer.run(b.call);
+        for (const float value : b.y) wrong += std::fabs(value - expected()) > 1e-5f;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+template <class Body>
+void expect_error(const char* name, const std::string& words, const Body& body) {
+  try {
+    body();
+    FAIL() << "accepted; expected " << name;
+  } catch (const fourmoe::Error& error) {
+    EXPECT_EQ(error.name(), name) << error.what();
+    EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
+  }
+}
+
+TEST(Api, RefusalsNameTheArgument) {
+  Constant weights;
+  weights.desc.hidden = 40;
+  expect_error("shape_unsupported", "48 would pass", [&] { fourmoe::Layer::create(weights.desc); });
+  weights.desc.hidden = kHidden;
+  weights.desc.struct_size = 8;
+  expect_error("argument_invalid", "desc.struct_size is 8", [&] { fourmoe::Layer::create(weights.desc); });
+  weights.desc.struct_size = sizeof weights.desc;
+  weights.experts[2].up.global_scale = NAN;
+  expect_error("argument_invalid", "up of expert 2", [&] { fourmoe::Layer::create(weights.desc); });
+  weights.experts[2].up.global_scale = 1.0f;
+  weights.experts[1].down.data = nullptr;
+  expect_error("argument_invalid", "down of expert 1", [&] { fourmoe::Layer::create(weights.desc); });
+  weights.experts[1].down.data = weights.codes.data();
+  weights.desc.activation = 17;
+  expect_error("argument_invalid", "activation is 17", [&] { fourmoe::Layer::create(weights.desc); });
+  weights.desc.activation = 0;
+  weights.scales[3] = 0x7f;
+  expect_error("scale_invalid", "expert 0", [&] { fourmoe::Layer::create(weights.desc); });
+  weights.scales[3] = 0x38;
+  fourmoe::Options options;
+  options.backend = "tpu";
+  expect_error("argument_invalid", "'tpu'", [&] { fourmoe::Layer::create(weights.desc, options); });
+  expect_error("file_unreadable", "no-such-folder", [] { fourmoe::Checkpoint("no-such-folder"); });
+}
+
+TEST(Api, NullPointersAreRefused) {
+  EXPECT_NE(fourmoe_checkpoint_open(nullptr, nullptr), FOURMOE_OK);
+  EXPECT_NE(fourmoe_layer_create(nullptr, nullptr, nullptr), FOURMOE_OK);
+  EXPECT_NE(fourmoe_layer_run(nullptr, nullptr, nullptr, 0), FOURMOE_OK);
+  EXPECT_NE(std::string(fourmoe_last_error()), "");
+  fourmoe_layer_free(nullptr);
+  fourmoe_checkpoint_close(nullptr);
+  EXPECT_STREQ(fourmoe_status_name(12345), "unknown");
+  EXPECT_STREQ(fourmoe_version(), "0.1.0");
+}
+
+TEST(Api, LoadsTheShippedCheckpoint) {
+  const fourmoe::Checkpoint checkpoint(FOURMOE_SOURCE_DIR "/examples/tiny-moe/nvfp4");
+  EXPECT_EQ(checkpoint.layers(), (std::vector<std::int32_t>{0, 1, 2, 3}));
+  fourmoe::Layer layer = checkpoint.load(2);
+  const fourmoe_layer_info info = layer.info();
+  EXPECT_EQ(info.hidden, 128);
+  EXPECT_EQ(info.inter, 64);
+  EXPECT_EQ(info.experts, 32);
+  EXPECT_EQ(info.has_router, 1);
+  std::vector<float> x(2 * 128, 0.25f), y(2 * 128, NAN);
+  fourmoe::Call call;
+  call.hidden_states = fourmoe::view(x.data(), FOURMOE_F32, 2, 128);
+  call.output = fourmoe::view(y.data(), FOURMOE_F32, 2, 128);
+  layer.run(call);
+  for (int h = 0; h < 128; ++h) {
+    EXPECT_TRUE(std::isfinite(y[h]));
+    EXPECT_EQ(y[h], y[128 + h]);
+  }
+  expect_error("layer_missing", "9", [&] { checkpoint.load(9); });
+}
+
+}  // namespace
