@@ -338,6 +338,7 @@ class Job {
     writer->append(target.module + ".weight", codes_.data(), static_cast<i64>(codes_.size()));
     writer->append(target.module + ".weight_scale", scales_.data(), static_cast<i64>(scales_.size()));
     result_.matrices += 1;
+    result_.weights += i64{target.dense.rows} * target.dense.cols;
     result_.bytes_before += dense_bytes(target.dense);
     result_.bytes_after += static_cast<i64>(codes_.size() + scales_.size() + sizeof(f32));
     advance(dense_bytes(target.dense));

@@ -37,7 +37,11 @@ struct QuantizeResult {
   i64 tensors_kept = 0;
   i64 files = 0;                   // written, of all kinds
   i64 bytes_written = 0;           // of all tensors
+  i64 weights = 0;                 // quantised values
   std::vector<std::string> notes;  // what the user should know, one line each
+
+  f64 bits_before() const { return 8.0 * static_cast<f64>(bytes_before) / static_cast<f64>(weights); }
+  f64 bits_after() const { return 8.0 * static_cast<f64>(bytes_after) / static_cast<f64>(weights); }
 };
 
 // Writes folder `out` from folder `in`. All names, dtypes and shapes are checked before anything is written; output
