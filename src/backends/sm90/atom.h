@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
+#include "gpu/isa/bits.cuh"
 #define FOURMOE_HD __host__ __device__ __forceinline__
 #else
 #define FOURMOE_HD inline
@@ -32,6 +33,23 @@ FOURMOE_HD std::uint32_t rotate_left(std::uint32_t word, int bits) {
 #endif
 }
 
+// (a & mask) | high and: bits of a where mask is set, of b elsewhere. One instruction each on the device.
+FOURMOE_HD std::uint32_t mask_or(std::uint32_t a, std::uint32_t mask, std::uint32_t high) {
+#if defined(__CUDA_ARCH__)
+  return gpu::isa::mask_or(a, mask, high);
+#else
+  return (a & mask) | high;
+#endif
+}
+
+FOURMOE_HD std::uint32_t select(std::uint32_t a, std::uint32_t b, std::uint32_t mask) {
+#if defined(__CUDA_ARCH__)
+  return gpu::isa::select(a, b, mask);
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+
 // Words of two K steps -> 8 registers of codes in place: a[0..3] of the first step, a[4..7] of the second.
 FOURMOE_HD void split_codes(std::uint32_t w0, std::uint32_t w1, std::uint32_t* a) {
   a[0] = w0 & kCodeMask;
@@ -40,7 +58,7 @@ FOURMOE_HD void split_codes(std::uint32_t w0, std::uint32_t w1, std::uint32_t* a
   a[4] = w1 & kCodeMask;
   a[5] = w1 << 4 & kCodeMask;
   a[6] = rotate_left(w1, 10) & kCodeMask;
-  const std::uint32_t spare = (w0 & kSpareMask) | (w1 << 2 & ~kSpareMask);
+  const std::uint32_t spare = select(w0, w1 << 2, kSpareMask);
   a[3] = spare << 6 & kCodeMask;
   a[7] = rotate_left(spare, 12) & kCodeMask;
 }
@@ -52,7 +70,7 @@ inline constexpr std::uint32_t kScaleHigh = 0x60006000u;
 inline constexpr int kProductExponent = -46;  // code 2^-126 times scale 2^80: what the accumulator lacks
 
 FOURMOE_HD std::uint32_t scale_pair(std::uint32_t word, int step) {
-  return ((step == 0 ? word : rotate_left(word, 8)) & kScaleMask) | kScaleHigh;
+  return mask_or(step == 0 ? word : rotate_left(word, 8), kScaleMask, kScaleHigh);
 }
 
 // The inverses, for packers and tests.
