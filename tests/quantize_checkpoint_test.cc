@@ -6,6 +6,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "checkpoint/json.h"
 #include "checkpoint/quantize.h"
 #include "checkpoint/quantize_plan.h"
 #include "checkpoint/safetensors.h"
@@ -379,10 +380,23 @@ TEST(QuantizeCheckpoint, AnIndexMayNotLeaveItsFolder) {
   write_small(scratch / "in", small("experts", kGated));
   for (const char* name : {"../model.safetensors", "", ".", "a/b.safetensors"}) {
     write_file(scratch / "in/model.safetensors.index.json", json({{"weight_map", {{"a", name}}}}).dump());
-    expect_refusal(scratch / "in", scratch / "out", options(), Reason::file_malformed, "expected a file of the folder");
+    expect_refusal(scratch / "in", scratch / "out", options(), Reason::file_malformed, "leaves the folder");
   }
-  write_file(scratch / "in/model.safetensors.index.json", "[");
-  expect_refusal(scratch / "in", scratch / "out", options(), Reason::file_malformed, "not a JSON object");
+}
+
+// Nemotron's config has Infinity, which JSON has not; rewriting the document would lose it.
+TEST(QuantizeCheckpoint, TheConfigKeepsItsText) {
+  const Scratch scratch;
+  write_small(scratch / "in", small("experts", kGated));
+  for (const char* text : {"{\"limit\": [0.0, Infinity],\n  \"x\": 1e-06 }\n", "{}", "{ \n}"}) {
+    write_file(scratch / "in/config.json", text);
+    checkpoint::quantize(scratch / "in", scratch / "out", options(true));
+    const std::string found = read_file(scratch / "out/config.json");
+    const std::string kept = std::string(text).substr(0, std::string(text).find_last_not_of(" \n}") + 1);
+    EXPECT_EQ(found.substr(0, kept.size()), kept);
+    const json parsed = checkpoint::parse_json(found, "config.json");
+    EXPECT_EQ(parsed["quantization_config"]["quant_algo"], "W4A16_NVFP4") << found;
+  }
 }
 
 TEST(ExcludedModules, AreSummarisedAsModeloptDoes) {

@@ -145,7 +145,8 @@ Problem parse_shape(const std::string& text) {
   }
   std::array<i32, 4> numbers = {};
   if (!parse_numbers(numbers_text, &numbers)) {
-    throw Error(Reason::argument_invalid, fmt::format("shape '{}' is neither H,I,E,k nor one of {}", text, known.substr(2)));
+    throw Error(Reason::argument_invalid,
+                fmt::format("shape '{}' is neither H,I,E,k nor one of {}", text, known.substr(2)));
   }
   Problem problem;
   problem.hidden = numbers[0];

@@ -16,9 +16,9 @@ std::string routing_words(const Routing& routing);  // "softmax, renormalised"
 std::string activation_words(const Activation& activation);
 std::string machine_words(const Machine& machine);
 
-std::string span_words(const Span& span);        // "gemm1", "route..combine"
-std::string step_words(const Step& step);        // "cpu.gemm1"
-std::string steps_words(const plan::Plan& plan);  // "host.route, cpu.gemm1, ..."
+std::string span_words(const Span& span);                                  // "gemm1", "route..combine"
+std::string step_words(const Step& step);                                  // "cpu.gemm1"
+std::string steps_words(const plan::Plan& plan);                           // "host.route, cpu.gemm1, ..."
 std::string choice_words(const plan::Plan& plan, const Machine& machine);  // what its GEMM steps say of themselves
 
 Json problem_json(const Problem& problem);

@@ -45,8 +45,8 @@ std::string range_words(const std::vector<i32>& layers) {
   for (std::size_t i = 0; i < layers.size();) {
     std::size_t last = i;
     while (last + 1 < layers.size() && layers[last + 1] == layers[last] + 1) ++last;
-    words += fmt::format("{}{}{}", words.empty() ? "" : ",", layers[i],
-                         last > i ? fmt::format("-{}", layers[last]) : "");
+    words +=
+        fmt::format("{}{}{}", words.empty() ? "" : ",", layers[i], last > i ? fmt::format("-{}", layers[last]) : "");
     i = last + 1;
   }
   return words;
@@ -124,9 +124,9 @@ Json layer_json(const LayerInfo& layer) {
 Json info_json(const Info& info) {
   Json layers = Json::array();
   for (const LayerInfo& layer : info.layers) layers.push_back(layer_json(layer));
-  return {{"path", info.path},           {"family", info.family},   {"dialect", info.dialect},
+  return {{"path", info.path},           {"family", info.family},     {"dialect", info.dialect},
           {"algorithm", info.algorithm}, {"producer", info.producer}, {"files", info.files},
-          {"tensors", info.tensors},     {"bytes", info.bytes},     {"layers", layers}};
+          {"tensors", info.tensors},     {"bytes", info.bytes},       {"layers", layers}};
 }
 
 int run(const Options& options) {
@@ -141,7 +141,9 @@ int run(const Options& options) {
 Command add_inspect(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = app.add_subcommand("inspect", "say what a checkpoint holds; reads headers and scales only");
-  sub->add_option("path", options->path, "checkpoint folder, .safetensors or .gguf file")->required()->type_name("PATH");
+  sub->add_option("path", options->path, "checkpoint folder, .safetensors or .gguf file")
+      ->required()
+      ->type_name("PATH");
   sub->add_flag("--json", options->json, "print one JSON object");
   sub->footer("Examples:\n  fourmoe inspect examples/tiny-moe/nvfp4\n  fourmoe inspect model.gguf --json");
   return {sub, [options] { return run(*options); }};

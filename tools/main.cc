@@ -24,7 +24,9 @@ std::vector<std::string> backend_names() {
 }
 
 void add_backend(CLI::App* app, std::string* backend) {
-  app->add_option("--backend", *backend, "which room computes")->check(CLI::IsMember(backend_names()))->capture_default_str();
+  app->add_option("--backend", *backend, "which room computes")
+      ->check(CLI::IsMember(backend_names()))
+      ->capture_default_str();
 }
 
 void add_precision(CLI::App* app, std::string* precision) {

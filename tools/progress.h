@@ -25,7 +25,7 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  void show(std::string_view what);                          // work without a measure
+  void show(std::string_view what);                             // work without a measure
   void show_bytes(std::string_view what, i64 done, i64 total);  // with rate and remaining time
   void show_count(std::string_view what, i64 done, i64 total);
 

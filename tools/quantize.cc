@@ -28,10 +28,10 @@ struct Options {
 void print_text(const Options& options, const checkpoint::QuantizeResult& result, f64 seconds) {
   Facts facts;
   facts.add("wrote", fmt::format("{}: {} in {} files", options.out, bytes_text(result.bytes_written), result.files));
-  facts.add("experts", fmt::format("{} matrices of {} layer{}: {} to {} ({:.2f} bits a weight before, {:.2f} after)",
-                                   result.matrices, result.layers, result.layers == 1 ? "" : "s",
-                                   bytes_text(result.bytes_before), bytes_text(result.bytes_after),
-                                   result.bits_before(), result.bits_after()));
+  facts.add("experts",
+            fmt::format("{} matrices of {} layer{}: {} to {} ({:.2f} bits a weight before, {:.2f} after)",
+                        result.matrices, result.layers, result.layers == 1 ? "" : "s", bytes_text(result.bytes_before),
+                        bytes_text(result.bytes_after), result.bits_before(), result.bits_after()));
   facts.add("kept", fmt::format("{} tensors as they were", result.tensors_kept));
   facts.add("time", duration_text(seconds));
   facts.add("note", "nothing was calibrated: there are no input scales, the algorithm is W4A16_NVFP4");
@@ -79,7 +79,9 @@ Command add_quantize(CLI::App& app) {
   CLI::App* sub = app.add_subcommand("quantize", "turn a bf16, f16 or f32 checkpoint into ModelOpt's NVFP4 form");
   sub->add_option("in", options->in, "folder with config.json and safetensors files")->required()->type_name("IN");
   sub->add_option("--output", options->out, "folder to write")->required()->type_name("OUT");
-  sub->add_option("--format", options->format, "form of the output")->check(CLI::IsMember({"nvfp4"}))->capture_default_str();
+  sub->add_option("--format", options->format, "form of the output")
+      ->check(CLI::IsMember({"nvfp4"}))
+      ->capture_default_str();
   sub->add_flag("--experts-only", options->experts_only,
                 "quantise the routed experts alone; attention, shared experts and dense layers stay");
   sub->add_flag("--force", options->force, "replace OUT when it holds nothing but an earlier checkpoint");

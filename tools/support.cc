@@ -48,7 +48,9 @@ bool accepts(const Step& step, const Problem& problem, CpuLevel level) {
 // The last of the levels accepts what the others do.
 bool accepts(const Step& step, const Problem& problem) { return accepts(step, problem, CpuLevel::avx512); }
 
-void append(std::string* words, std::string_view word) { *words += fmt::format("{}{}", words->empty() ? "" : ", ", word); }
+void append(std::string* words, std::string_view word) {
+  *words += fmt::format("{}{}", words->empty() ? "" : ", ", word);
+}
 
 std::string encodings(const Step& step, Precision precision) {
   std::string words;

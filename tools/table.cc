@@ -36,7 +36,8 @@ std::string Table::text() const {
     std::string out;
     for (std::size_t c = 0; c < cells.size(); ++c) {
       const std::string gap = c == 0 ? "" : "  ";
-      out += right_[c] ? fmt::format("{}{:>{}}", gap, cells[c], widths[c]) : fmt::format("{}{:<{}}", gap, cells[c], widths[c]);
+      out += right_[c] ? fmt::format("{}{:>{}}", gap, cells[c], widths[c])
+                       : fmt::format("{}{:<{}}", gap, cells[c], widths[c]);
     }
     return trimmed(out);
   };

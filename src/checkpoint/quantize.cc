@@ -8,6 +8,8 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "checkpoint/folder.h"
+#include "checkpoint/json.h"
 #include "checkpoint/quantize_plan.h"
 #include "status.h"
 #include "weights/quantise.h"
@@ -19,22 +21,8 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
 constexpr i64 kPiece = i64{8} << 20;            // bytes copied between two reports of progress
-constexpr i64 kLargestJson = i64{256} << 20;    // an index of a million tensors has 100 MB
 constexpr i64 kLargestSideFile = i64{1} << 30;  // tokenizers have tens of MB; what is larger holds weights
-constexpr std::string_view kIndex = "model.safetensors.index.json";
-
-Json read_json(const fs::path& path) {
-  std::error_code error;
-  const auto bytes = fs::file_size(path, error);
-  std::ifstream in(path, std::ios::binary);
-  if (error || !in) throw Error(Reason::file_unreadable, fmt::format("{} cannot be opened", path.string()));
-  if (bytes > static_cast<std::uintmax_t>(kLargestJson)) {
-    throw Error(Reason::file_malformed, fmt::format("{} has {} bytes, too many for its kind", path.string(), bytes));
-  }
-  Json parsed = Json::parse(in, nullptr, false);
-  if (!parsed.is_object()) throw Error(Reason::file_malformed, fmt::format("{} is not a JSON object", path.string()));
-  return parsed;
-}
+constexpr std::string_view kIndexEnding = ".safetensors.index.json";
 
 void write_text(const fs::path& path, const std::string& text) {
   std::ofstream out(path, std::ios::binary);
@@ -43,33 +31,55 @@ void write_text(const fs::path& path, const std::string& text) {
   if (!out) throw Error(Reason::write_failed, fmt::format("{} cannot be written", path.string()));
 }
 
-// Names of the shards: those of the index, or the one file that needs none.
-std::set<std::string> list_shards(const fs::path& folder, bool* indexed) {
-  *indexed = fs::exists(folder / kIndex);
-  if (!*indexed) return {"model.safetensors"};
-  const Json index = read_json(folder / kIndex);
-  const auto map = index.find("weight_map");
-  if (map == index.end() || !map->is_object() || map->empty()) {
-    throw Error(Reason::file_malformed, fmt::format("{} has no weight_map", (folder / kIndex).string()));
-  }
-  std::set<std::string> names;
-  for (const auto& [tensor, file] : map->items()) {
-    const std::string name = file.is_string() ? file.get<std::string>() : "";
-    if (name.empty() || fs::path(name).filename() != name || name.front() == '.') {
-      throw Error(Reason::file_malformed, fmt::format("{} puts tensor {} into {}, expected a file of the folder",
-                                                      (folder / kIndex).string(), quote(tensor), quote(name)));
-    }
-    names.insert(name);
-  }
-  return names;
-}
-
 struct Source {
   fs::path folder;
-  Json config;
+  std::string config;  // text of config.json
   std::vector<Shard> shards;
-  bool indexed = false;
+  std::string index;  // file name; empty when one file needs none
 };
+
+std::string read_text(const fs::path& path) {
+  const auto file = MappedFile::open(path);
+  std::string text(static_cast<std::size_t>(file->size()), '\0');
+  file->read(0, file->size(), text.data());
+  return text;
+}
+
+void refuse_quantised(const std::string& config, const std::string& path) {
+  const nlohmann::json parsed = parse_json(config, path);
+  for (const char* key : {"quantization_config", "compression_config"}) {
+    if (!parsed.contains(key)) continue;
+    throw Error(
+        Reason::dtype_unsupported,
+        fmt::format("{} has a {}: the checkpoint is quantised already; quantize reads bf16, f16 and f32", path, key));
+  }
+}
+
+std::string find_index(const fs::path& folder) {
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.path().filename().string().ends_with(kIndexEnding)) return entry.path().filename().string();
+  }
+  return "";
+}
+
+Shard read_shard(const fs::path& path) {
+  Shard shard;
+  shard.file = path.filename().string();
+  parse_safetensors(MappedFile::open(path), &shard.tensors, &shard.metadata);
+  return shard;
+}
+
+void refuse_repeated(const std::vector<Shard>& shards) {
+  std::map<std::string_view, std::string_view> files;
+  for (const Shard& shard : shards) {
+    for (const auto& [name, tensor] : shard.tensors) {
+      const auto [first, fresh] = files.emplace(name, shard.file);
+      if (fresh) continue;
+      throw Error(Reason::file_malformed,
+                  fmt::format("tensor {} is in {} and in {}", quote(name), first->second, shard.file));
+    }
+  }
+}
 
 Source read_source(const fs::path& folder) {
   if (!fs::is_directory(folder)) {
@@ -79,25 +89,29 @@ Source read_source(const fs::path& folder) {
   }
   Source source;
   source.folder = folder;
-  source.config = read_json(folder / "config.json");
-  for (const auto* key : {"quantization_config", "compression_config"}) {
-    if (source.config.contains(key) && !source.config[key].is_null()) {
-      throw Error(Reason::dtype_unsupported,
-                  fmt::format("{} has a {}: the checkpoint is quantised already; quantize reads bf16, f16 and f32",
-                              (folder / "config.json").string(), key));
-    }
+  source.config = read_text(folder / "config.json");
+  refuse_quantised(source.config, (folder / "config.json").string());
+  source.index = find_index(folder);
+  if (source.index.empty()) {
+    source.shards.push_back(read_shard(folder / "model.safetensors"));
+    return source;
   }
-  std::set<std::string> seen;
-  for (const std::string& name : list_shards(folder, &source.indexed)) {
-    Shard& shard = source.shards.emplace_back();
-    shard.file = name;
-    parse_safetensors(MappedFile::open(folder / name), &shard.tensors, &shard.metadata);
-    for (const auto& [tensor, unused] : shard.tensors) {
-      if (seen.insert(tensor).second) continue;
-      throw Error(Reason::file_malformed, fmt::format("{}: tensor {} is in another file too", name, quote(tensor)));
-    }
+  for (const std::string& name : list_shards(read_text(folder / source.index), source.index)) {
+    source.shards.push_back(read_shard(folder / name));
   }
+  refuse_repeated(source.shards);
   return source;
+}
+
+// The user's text stays as it is, to the byte: a key is added before its last brace.
+std::string with_key(const std::string& object, std::string_view key, const Json& value) {
+  const std::size_t brace = object.rfind('}');
+  const std::size_t last = object.find_last_not_of(" \t\r\n", brace - 1);
+  std::string text = value.dump(2);
+  for (std::size_t at = text.find('\n'); at != std::string::npos; at = text.find('\n', at + 3))
+    text.insert(at + 1, "  ");
+  return fmt::format("{}{}\n  \"{}\": {}\n{}", object.substr(0, last + 1), object[last] == '{' ? "" : ",", key, text,
+                     object.substr(brace));
 }
 
 i64 codes_bytes(const format::Matrix& dense) { return i64{dense.rows} * dense.cols / 2; }
@@ -345,7 +359,7 @@ class Job {
   }
 
   void write_index(const fs::path& folder) {
-    if (!source_.indexed) return;
+    if (source_.index.empty()) return;
     std::map<std::string, std::string> map;
     for (const ShardPlan& shard : plan_.shards) {
       for (const auto& [name, tensor] : shard.kept) map[name] = shard.file;
@@ -354,7 +368,7 @@ class Job {
       }
     }
     const Json index = {{"metadata", {{"total_size", result_.bytes_written}}}, {"weight_map", map}};
-    write_text(folder / kIndex, index.dump(2) + "\n");
+    write_text(folder / source_.index, index.dump(2) + "\n");
     result_.files += 1;
   }
 
@@ -371,14 +385,13 @@ class Job {
                         {"exclude_modules", excluded}}}};
     const Json weights = {{"dynamic", false}, {"num_bits", 4}, {"type", "float"}, {"group_size", format::kNvfp4Block}};
     const Json targets = Json::array({"Linear"});
-    Json config = source_.config;
-    config["quantization_config"] = {{"config_groups", {{"group_0", {{"weights", weights}, {"targets", targets}}}}},
-                                     {"ignore", excluded},
-                                     {"quant_algo", kAlgorithm},
-                                     {"producer", producer},
-                                     {"quant_method", "modelopt"}};
+    const Json entry = {{"config_groups", {{"group_0", {{"weights", weights}, {"targets", targets}}}}},
+                        {"ignore", excluded},
+                        {"quant_algo", kAlgorithm},
+                        {"producer", producer},
+                        {"quant_method", "modelopt"}};
     write_text(folder / "hf_quant_config.json", own.dump(4) + "\n");
-    write_text(folder / "config.json", config.dump(2) + "\n");
+    write_text(folder / "config.json", with_key(source_.config, "quantization_config", entry));
     result_.files += 2;
   }
 
