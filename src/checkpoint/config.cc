@@ -221,7 +221,7 @@ Config parse_config(std::string_view text, std::string_view file, std::string_vi
   config.experts = read_size(inner, kExperts, kMostExperts, &config.experts_key);
   check_agreement(inner, kExperts, config.experts_key, config.experts);
   config.top_k = read_size(inner, kTopK, kMostExperts);
-  if (!first_of(inner, kInter).empty()) config.inter = read_size(inner, kInter, kLargestSize);
+  config.inter = read_size(inner, kInter, kLargestSize);
   if (inner.has("num_hidden_layers")) config.layers = inner.integer("num_hidden_layers", 0, kLargestSize);
   if (inner.has("moe_latent_size")) config.latent = inner.integer("moe_latent_size", 1, kLargestSize);
   config.activation = read_activation(inner, config.row);
@@ -232,6 +232,29 @@ Config parse_config(std::string_view text, std::string_view file, std::string_vi
   }
   read_quant_file(quant_text, quant_file, &config.quantisation);
   return config;
+}
+
+Problem make_problem(const Config& config, format::Encoding encoding) {
+  Problem out;
+  out.hidden = config.latent > 0 ? config.latent : config.hidden;
+  out.inter = config.inter;
+  out.experts = config.experts;
+  out.top_k = config.top_k;
+  out.activation = config.activation;
+  out.routing = config.routing;
+  out.encoding = encoding;
+  out.local_experts = config.experts;
+  return out;
+}
+
+Problem make_shared_problem(const Config& config, format::Encoding encoding, i32 inter) {
+  Problem out = make_problem(config, encoding);
+  out.inter = inter;
+  out.experts = out.top_k = out.local_experts = 1;
+  out.routing = {};
+  out.routing.score = Score::none;
+  out.routing.renormalise = false;
+  return out;
 }
 
 std::optional<std::string> find_unreadable_algorithm(const Quantisation& quantisation) {

@@ -39,6 +39,12 @@ struct Config {
 Config parse_config(std::string_view text, std::string_view file, std::string_view quant_text = {},
                     std::string_view quant_file = {});
 
+// A layer of the model with experts in this encoding: all experts local, w4a16, max_tokens 0.
+Problem make_problem(const Config& config, format::Encoding encoding);
+
+// The shared expert as a layer of its own: one expert, picked by every token with weight 1.
+Problem make_shared_problem(const Config& config, format::Encoding encoding, i32 inter);
+
 // Whether weights of this method and algorithm mean what their names say to this reader; if not, why.
 std::optional<std::string> find_unreadable_algorithm(const Quantisation& quantisation);
 

@@ -7,16 +7,11 @@ namespace {
 
 using enum ActivationKind;
 
-// Sources: each model's modeling and configuration files in huggingface/transformers 5.23; for `gguf`, the graphs of
-// llama.cpp's src/llama-model.cpp. "Top-k, then softmax" (Mixtral, gpt-oss) equals softmax with renormalise.
-constexpr std::array<Family, 27> kFamilies = {{
+// Sources: each model's modeling and configuration files in huggingface/transformers 5.23. "Top-k, then softmax"
+// (Mixtral, gpt-oss) equals softmax with renormalise.
+constexpr std::array<Family, 26> kFamilies = {{
     {.name = "deepseek_v2", .renormalise = false, .renormalise_key = true, .group_best = 1},
-    {.name = "deepseek_v3",
-     .score = Score::sigmoid,
-     .renormalise_key = true,
-     .scale = 2.5f,
-     .gate_bias_selects = true,
-     .gguf = "deepseek2"},
+    {.name = "deepseek_v3", .score = Score::sigmoid, .renormalise_key = true, .scale = 2.5f, .gate_bias_selects = true},
     {.name = "deepseek_v32",
      .score = Score::sigmoid,
      .renormalise_key = true,
@@ -31,46 +26,31 @@ constexpr std::array<Family, 27> kFamilies = {{
      .beta = 0.0f,
      .gate_bias_selects = true},
     {.name = "kimi_k2", .score = Score::sigmoid, .renormalise_key = true, .gate_bias_selects = true},
-    {.name = "glm4_moe", .score = Score::sigmoid, .renormalise_key = true, .gguf = "glm4moe"},
+    {.name = "glm4_moe", .score = Score::sigmoid, .renormalise_key = true},
     {.name = "glm4v_moe", .score = Score::sigmoid, .renormalise_key = true},
     {.name = "glm4_moe_lite", .score = Score::sigmoid, .renormalise_key = true},
     {.name = "glm_moe_dsa", .score = Score::sigmoid, .renormalise_key = true, .scale = 2.5f},
     {.name = "dots1", .score = Score::sigmoid, .renormalise = false, .renormalise_key = true},
     {.name = "mistral4", .renormalise_key = true},
-    {.name = "qwen2_moe", .renormalise = false, .renormalise_key = true, .gguf = "qwen2moe"},
-    {.name = "qwen3_moe", .renormalise = false, .renormalise_key = true, .gguf = "qwen3moe"},
-    {.name = "qwen3_vl_moe", .gguf = "qwen3vlmoe"},
-    {.name = "qwen3_next", .renormalise_key = true, .gguf = "qwen3next"},
-    {.name = "qwen3_5_moe", .gguf = "qwen35moe"},
-    {.name = "olmoe", .renormalise = false, .renormalise_key = true, .gguf = "olmoe"},
-    {.name = "mixtral", .gguf = "llama"},
+    {.name = "qwen2_moe", .renormalise = false, .renormalise_key = true},
+    {.name = "qwen3_moe", .renormalise = false, .renormalise_key = true},
+    {.name = "qwen3_vl_moe"},
+    {.name = "qwen3_next", .renormalise_key = true},
+    {.name = "qwen3_5_moe"},
+    {.name = "olmoe", .renormalise = false, .renormalise_key = true},
+    {.name = "mixtral"},
     {.name = "minimax"},
     {.name = "minimax_text_01"},
-    {.name = "minimax_m2", .score = Score::sigmoid, .gguf = "minimax-m2"},
+    {.name = "minimax_m2", .score = Score::sigmoid},
     {.name = "minimax_m3_vl",
      .score = Score::sigmoid,
      .scale = 2.0f,
      .activation = swiglu_clamped,
      .activation_key = false},
-    {.name = "nemotron_h",
-     .score = Score::sigmoid,
-     .renormalise_key = true,
-     .activation = relu2,
-     .gguf = "nemotron_h_moe"},
-    {.name = "llama4",
-     .score = Score::sigmoid,
-     .renormalise = false,
-     .weight_on_input = true,
-     .transposed = true,
-     .gguf = "llama4"},
-    {.name = "gpt_oss",
-     .activation = swiglu_clamped,
-     .activation_key = false,
-     .transposed = true,
-     .interleaved = true,
-     .gguf = "gpt-oss"},
-    {.name = "gemma4", .activation = geglu_tanh, .gguf = "gemma4"},
-    {.name = "ernie4_5_moe", .gguf = "ernie4_5-moe"},
+    {.name = "nemotron_h", .score = Score::sigmoid, .renormalise_key = true, .activation = relu2},
+    {.name = "llama4", .score = Score::sigmoid, .renormalise = false, .weight_on_input = true, .transposed = true},
+    {.name = "gpt_oss", .activation = swiglu_clamped, .activation_key = false, .transposed = true, .interleaved = true},
+    {.name = "ernie4_5_moe"},
 }};
 
 }  // namespace
@@ -80,13 +60,6 @@ std::span<const Family> families() { return kFamilies; }
 const Family* find_family(std::string_view name) {
   for (const Family& family : kFamilies) {
     if (family.name == name) return &family;
-  }
-  return nullptr;
-}
-
-const Family* find_gguf_family(std::string_view architecture) {
-  for (const Family& family : kFamilies) {
-    if (!family.gguf.empty() && family.gguf == architecture) return &family;
   }
   return nullptr;
 }

@@ -25,7 +25,6 @@ struct Family {
   bool transposed = false;         // stacks are [E, in, out]; decides where shapes fit both ways
   bool interleaved = false;        // gate and up alternate in fused stacks
   bool gate_bias_selects = false;  // a bias of the router selects and does not weigh (DeepSeek's own names)
-  std::string_view gguf{};         // general.architecture; empty: none
 };
 
 // All rows; the order has no meaning.
@@ -33,9 +32,6 @@ std::span<const Family> families();
 
 // By model_type; null when unknown.
 const Family* find_family(std::string_view name);
-
-// By general.architecture of a GGUF file; null when unknown.
-const Family* find_gguf_family(std::string_view architecture);
 
 // "deepseek_v2, deepseek_v3, ...", for messages.
 std::string family_names();

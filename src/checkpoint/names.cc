@@ -146,8 +146,8 @@ bool take_expert_tensor(Named named, std::map<std::string, LayerTensors, std::le
   const std::string_view base = name.substr(0, dot);
   std::string_view tail = name.substr(dot + kExperts.size());
   const std::size_t end = tail.find('.');
-  const auto expert = end == std::string_view::npos ? std::nullopt : parse_number(tail.substr(0, end));
-  if (expert) tail.remove_prefix(end + 1);
+  const i32 expert = end == std::string_view::npos ? -1 : parse_number(tail.substr(0, end)).value_or(-1);
+  if (expert >= 0) tail.remove_prefix(end + 1);
   const auto leaf = parse_leaf(tail);
   if (!leaf) return false;
   auto found = layers->find(base);
@@ -158,7 +158,7 @@ bool take_expert_tensor(Named named, std::map<std::string, LayerTensors, std::le
     found->second.base = base;
     found->second.index = numbered->layer;
   }
-  place(named, *leaf, expert ? &found->second.experts[*expert] : &found->second.stacks);
+  place(named, *leaf, expert >= 0 ? &found->second.experts[expert] : &found->second.stacks);
   return true;
 }
 
@@ -232,7 +232,6 @@ std::vector<LayerTensors> find_layers(const TensorMap& tensors, bool gate_bias_s
 }
 
 std::string sibling_name(std::string_view weight, std::string_view attribute) {
-  const std::size_t last = weight.rfind('.');
   std::string_view stem = weight;
   std::string_view separator = "_";
   for (const std::string_view ending : {".weight_packed", ".weight", "_weight", "_blocks"}) {
@@ -241,7 +240,6 @@ std::string sibling_name(std::string_view weight, std::string_view attribute) {
     separator = ending.substr(0, 1);
     break;
   }
-  if (last == std::string_view::npos) separator = "_";
   const bool blocks = weight.ends_with("_blocks") && attribute == "weight_scale";
   return fmt::format("{}{}{}", stem, separator, blocks ? "scales" : attribute);
 }
