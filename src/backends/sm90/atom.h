@@ -1,13 +1,13 @@
-// Atom of the Hopper room, the part that host and device share: how the codes of one thread lie in its words, so that
-// the kernel gets bf16 operands by masks and shifts alone.
+// Atom of the Hopper room, the part that host and device share: how the codes of one thread lie in its words, so that the
+// kernel gets bf16 operands by masks and shifts alone.
 //
 // A wgmma m64k16 A operand is four bf16x2 registers a thread: rows g and g + 8, columns 2t, 2t+1 and 2t+8, 2t+9
 // (PTX ISA, "wgmma.mma_async register fragments"). Two K steps, 16 weights, are 64 bits of codes: words w0 and w1.
 // A code in place is sign at bit 15, magnitude at bits 8..6 of a half, kCodeMask: read as bf16 it is E2M1 * 2^-126,
 // subnormals included. Three codes of each half of a word are one shift and one mask away; no fourth translate of the
-// mask fits beside three (it does not tile 16 bits), but the bits left over in two words, laid into one, make exactly
-// two more. Counted: 8 masks, 7 shifts and 1 select for 16 weights. Searched over all sets of shifts; this one has the
-// fewest rotations (3), the others are plain left shifts.
+// mask fits beside three (it does not tile 16 bits), but the bits left over in two words, laid into one, make exactly two
+// more. Counted: 8 masks, 7 shifts and 1 select for 16 weights. Searched over all sets of shifts; this one has the fewest
+// rotations (3), the others are plain left shifts.
 #pragma once
 
 #include <array>
@@ -63,9 +63,8 @@ FOURMOE_HD void split_codes(std::uint32_t w0, std::uint32_t w1, std::uint32_t* a
   a[7] = rotate_left(spare, 12) & kCodeMask;
 }
 
-// Scales of a thread's two rows for two K steps share a word: as UE5M3 bytes b0 (row g), b1 (row g + 8) of the first
-// step and b2, b3 of the second. In place, a byte's bits are exponent and mantissa of a bf16: byte * 2^80 with these
-// high bits.
+// Scales of a thread's two rows for two K steps share a word: as UE5M3 bytes b0 (row g), b1 (row g + 8) of the first step
+// and b2, b3 of the second. In place, a byte's bits are exponent and mantissa of a bf16: byte * 2^80 with these high bits.
 inline constexpr std::uint32_t kScaleMask = 0x0ff00ff0u;
 inline constexpr std::uint32_t kScaleHigh = 0x60006000u;
 inline constexpr int kProductExponent = -46;  // code 2^-126 times scale 2^80: what the accumulator lacks
