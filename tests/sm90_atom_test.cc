@@ -6,7 +6,6 @@
 #include <random>
 
 #include "format/nvfp4.h"
-#include "weights/packed.h"
 
 namespace fourmoe::sm90 {
 namespace {
@@ -42,7 +41,7 @@ TEST(Sm90Atom, EveryBitOfTheWordsIsOneBitOfOneCode) {
 
 TEST(Sm90Atom, ScalesOfBothRowsAndStepsComeBack) {
   for (int e4m3 = 0; e4m3 < 0x7f; ++e4m3) {
-    const u8 byte = weights::to_ue5m3(static_cast<u8>(e4m3));
+    const u8 byte = format::to_ue5m3(static_cast<u8>(e4m3));
     const u8 other = static_cast<u8>(255 - byte);
     const u32 words[4] = {join_scales(byte, other, 0x5a, 0xa5), join_scales(other, byte, 0x5a, 0xa5),
                           join_scales(0x5a, 0xa5, byte, other), join_scales(0x5a, 0xa5, other, byte)};
@@ -56,7 +55,7 @@ TEST(Sm90Atom, ScalesOfBothRowsAndStepsComeBack) {
 
 TEST(Sm90Atom, ProductsAreExactInBf16) {
   for (int e4m3 = 1; e4m3 < 0x7f; ++e4m3) {
-    const u32 pair = scale_pair(join_scales(weights::to_ue5m3(static_cast<u8>(e4m3)), 0, 0, 0), 0);
+    const u32 pair = scale_pair(join_scales(format::to_ue5m3(static_cast<u8>(e4m3)), 0, 0, 0), 0);
     for (int code = 0; code < 16; ++code) {
       u32 out[8];
       const auto words = join_codes({{{static_cast<u8>(code), 0}}});
