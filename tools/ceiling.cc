@@ -66,7 +66,9 @@ __attribute__((target("avx512f"))) u64 read_avx512(const u8* data, i64 bytes) {
   for (i64 at = 0; at < bytes; at += 64) {
     for (i64 s = 0; s < kStreams; ++s) sum = _mm512_add_epi64(sum, _mm512_loadu_si512(data + s * bytes + at));
   }
-  return static_cast<u64>(_mm512_reduce_add_epi64(sum));
+  u64 words[8];
+  _mm512_storeu_si512(words, sum);
+  return words[0] + words[3] + words[7];
 }
 
 __attribute__((target("avx2,fma"))) f64 multiply_avx2(f32* sink) {

@@ -29,12 +29,13 @@ std::string duration_text(f64 seconds) {
 
 std::string count_text(f64 count) {
   if (std::fabs(count) < 100.0) return fmt::format("{:.4g}", count);
-  std::string digits = fmt::format("{:.0f}", count);
-  const std::ptrdiff_t first = digits.front() == '-' ? 1 : 0;
-  for (std::ptrdiff_t at = static_cast<std::ptrdiff_t>(digits.size()) - 3; at > first; at -= 3) {
-    digits.insert(static_cast<std::size_t>(at), ",");
+  const std::string digits = fmt::format("{:.0f}", std::fabs(count));
+  std::string text = count < 0 ? "-" : "";
+  for (std::size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && (digits.size() - i) % 3 == 0) text += ',';
+    text += digits[i];
   }
-  return digits;
+  return text;
 }
 
 std::string number_text(f64 value) {
