@@ -63,8 +63,8 @@ QuantizeOptions options(bool force = false) {
 }
 
 // What modelopt wrote, without the input scales that only calibration gives.
-void expect_modelopts_tensors(const TensorMap& found) {
-  const TensorMap expected = read_tensors(kTiny / "nvfp4/model.safetensors");
+void expect_modelopts_tensors(const TensorMap& found, const fs::path& file = kTiny / "nvfp4/model.safetensors") {
+  const TensorMap expected = read_tensors(file);
   std::size_t compared = 0;
   for (const auto& [name, tensor] : expected) {
     if (name.ends_with(".input_scale")) continue;
@@ -112,6 +112,23 @@ TEST(QuantizeCheckpoint, DescribesItselfAsModeloptDoes) {
   EXPECT_EQ(file["quantization"]["group_size"], 16);
   EXPECT_TRUE(file["quantization"]["kv_cache_quant_algo"].is_null());
 }
+
+class FullRecipe : public testing::TestWithParam<std::string_view> {};
+
+TEST_P(FullRecipe, GivesModeloptsBytesInEveryLinearLayer) {
+  const Scratch scratch;
+  const fs::path base = fs::path(FOURMOE_SOURCE_DIR) / "tests/fixtures" / ("full-" + std::string(GetParam()));
+  QuantizeOptions o = options();
+  o.experts_only = false;
+  checkpoint::quantize(base / "bf16", scratch / "out", o);
+  expect_modelopts_tensors(read_tensors(scratch / "out/model.safetensors"), base / "nvfp4/model.safetensors");
+  const json ours = json::parse(read_file(scratch / "out/hf_quant_config.json"));
+  const json theirs = json::parse(read_file(base / "nvfp4/hf_quant_config.json"));
+  EXPECT_EQ(ours["quantization"]["exclude_modules"], theirs["quantization"]["exclude_modules"]);
+}
+
+INSTANTIATE_TEST_SUITE_P(QuantizeCheckpoint, FullRecipe, testing::ValuesIn(checkpoint::full_recipe_families()),
+                         [](const auto& family) { return std::string(family.param); });
 
 // The trained model cut into shards such that gate and up of an expert lie apart.
 void write_sharded(const fs::path& folder) {
@@ -334,6 +351,10 @@ TEST(QuantizeCheckpoint, RefusesWhatIsNoDenseMoe) {
   expect_refusal(scratch / "dense", scratch / "out", options(), Reason::family_unknown, "nothing to quantise");
   expect_refusal(kTiny / "nvfp4", scratch / "out", options(), Reason::dtype_unsupported, "quantised already");
   expect_refusal(scratch / "absent", scratch / "out", options(), Reason::file_unreadable, "is not a folder");
+  QuantizeOptions all = options();
+  all.experts_only = false;
+  write_small(scratch / "other", small("experts", kGated));
+  expect_refusal(scratch / "other", scratch / "out", all, Reason::family_unknown, "--experts-only would pass");
   std::vector<Owned> eight_bit = small("experts", kGated);
   eight_bit[2].dtype = "F8_E4M3";
   eight_bit[2].bytes.resize(48 * 32);

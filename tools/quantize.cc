@@ -83,7 +83,7 @@ Command add_quantize(CLI::App& app) {
       ->check(CLI::IsMember({"nvfp4"}))
       ->capture_default_str();
   sub->add_flag("--experts-only", options->experts_only,
-                "quantise the routed experts alone; attention, shared experts and dense layers stay");
+                "quantise the routed experts alone; without it attention, shared experts and dense layers too");
   sub->add_flag("--force", options->force, "replace OUT when it holds nothing but an earlier checkpoint");
   add_threads(sub, &options->threads);
   sub->add_flag("--json", options->json, "print one JSON object");

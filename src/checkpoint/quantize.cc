@@ -34,6 +34,7 @@ void write_text(const fs::path& path, const std::string& text) {
 struct Source {
   fs::path folder;
   std::string config;  // text of config.json
+  std::string family;  // its model_type
   std::vector<Shard> shards;
   std::string index;  // file name; empty when one file needs none
 };
@@ -45,8 +46,7 @@ std::string read_text(const fs::path& path) {
   return text;
 }
 
-void refuse_quantised(const std::string& config, const std::string& path) {
-  const nlohmann::json parsed = parse_json(config, path);
+void refuse_quantised(const nlohmann::json& parsed, const std::string& path) {
   for (const char* key : {"quantization_config", "compression_config"}) {
     if (!parsed.contains(key)) continue;
     throw Error(
@@ -89,8 +89,11 @@ Source read_source(const fs::path& folder) {
   }
   Source source;
   source.folder = folder;
-  source.config = read_text(folder / "config.json");
-  refuse_quantised(source.config, (folder / "config.json").string());
+  const std::string config = (folder / "config.json").string();
+  source.config = read_text(config);
+  const nlohmann::json parsed = parse_json(source.config, config);
+  refuse_quantised(parsed, config);
+  if (const Object object = {&parsed, config}; object.has("model_type")) source.family = object.string("model_type");
   source.index = find_index(folder);
   if (source.index.empty()) {
     source.shards.push_back(read_shard(folder / "model.safetensors"));
@@ -418,6 +421,18 @@ class Job {
   std::vector<u8> scales_;
 };
 
+void check_full_recipe(const std::string& family) {
+  std::string known;
+  for (const std::string_view name : full_recipe_families()) {
+    if (name == family) return;
+    known += fmt::format("{}{}", known.empty() ? "" : ", ", name);
+  }
+  throw Error(Reason::family_unknown,
+              fmt::format("layers outside the routed experts are quantised for {}, and not for model_type {}; "
+                          "--experts-only would pass",
+                          known, quote(family)));
+}
+
 // Absolute, with the links of its folder resolved, and without a trailing slash.
 fs::path settle(const fs::path& path) {
   const fs::path absolute = fs::weakly_canonical(path);
@@ -431,10 +446,8 @@ QuantizeResult quantize(const fs::path& in, const fs::path& out, const QuantizeO
     const Source source = read_source(settle(in));
     const fs::path target = settle(out);
     check_output(source.folder, target, options.force);
-    if (!options.experts_only) {
-      throw Error(Reason::routing_unsupported, "linear layers outside the routed experts are not quantised");
-    }
-    return Job(source, plan_experts(source.shards), options).run(target);
+    if (!options.experts_only) check_full_recipe(source.family);
+    return Job(source, plan_quantisation(source.shards, !options.experts_only), options).run(target);
   } catch (const fs::filesystem_error& error) {
     throw Error(Reason::write_failed, error.what());
   }

@@ -3,7 +3,8 @@
 // Codes, scales and globals are those that nvidia-modelopt exports: gate and up of an expert share the global of the
 // larger of the two, fused stacks [experts, 2 * inter, hidden] are split into gate_proj, up_proj and down_proj an
 // expert, and names of per-expert checkpoints stay. Nothing is calibrated, so there are no input scales and the
-// algorithm is W4A16_NVFP4. All other tensors and files are copied as they are.
+// algorithm is W4A16_NVFP4. All other tensors and files are copied as they are. Linear layers outside the routed
+// experts are quantised in families where that has been compared with modelopt's export, and refused in others.
 #pragma once
 
 #include <filesystem>
@@ -22,7 +23,7 @@ struct QuantizeProgress {
 };
 
 struct QuantizeOptions {
-  bool experts_only = true;      // routed experts alone; the other linear layers stay as they are
+  bool experts_only = true;      // routed experts alone; else attention, shared experts and dense layers too
   bool force = false;            // replace an output that holds nothing but an earlier checkpoint
   std::string producer_version;  // recorded in the output
   Executor* executor = nullptr;  // null: the process's oneTBB executor

@@ -97,12 +97,40 @@ format::Matrix matrix_of(const std::string& name, const StoredTensor& tensor, i6
   return matrix;
 }
 
+constexpr std::string_view kFullRecipe[] = {"qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe"};
+
+// Layers outside the routed experts: modules that end in <block>.<word>. Layers of a module with the same letter read
+// the same tensor, and modelopt gives them one global scale, that of the largest among them.
+struct Linear {
+  std::string_view word;
+  char input;
+};
+
+constexpr Linear kAttention[] = {
+    {"q_proj", 'x'},   {"k_proj", 'x'},    {"v_proj", 'x'}, {"q_a_proj", 'x'}, {"kv_a_proj_with_mqa", 'x'},
+    {"q_b_proj", 'q'}, {"kv_b_proj", 'k'}, {"o_proj", 'o'}};
+constexpr Linear kMlp[] = {{"gate_proj", 'x'}, {"up_proj", 'x'}, {"down_proj", 'y'}};
+
+// What `module` shares its global with, as a key; empty for what is no such layer.
+std::string input_of(std::string_view module) {
+  const std::size_t dot = module.rfind('.');
+  if (dot == std::string_view::npos) return "";
+  const std::string_view block = module.substr(0, dot);
+  const bool attention = block.ends_with(".self_attn");
+  const bool mlp = block.ends_with(".mlp") || block.ends_with(".shared_expert") || block.ends_with(".shared_experts");
+  if (!attention && !mlp) return "";
+  for (const Linear& linear : attention ? std::span<const Linear>(kAttention) : std::span<const Linear>(kMlp)) {
+    if (module.substr(dot + 1) == linear.word) return fmt::format("{} {}", block, linear.input);
+  }
+  return "";
+}
+
 // Where a target is: shard and position in it.
 using Place = std::pair<std::size_t, std::size_t>;
 
 class Planner {
  public:
-  explicit Planner(const std::vector<Shard>& shards) : shards_(shards) {}
+  Planner(const std::vector<Shard>& shards, bool linears) : shards_(shards), linears_(linears) {}
 
   QuantizePlan make() {
     for (std::size_t s = 0; s < shards_.size(); ++s) {
@@ -137,10 +165,23 @@ class Planner {
       add(shard, *parsed, name.substr(0, name.size() - std::string_view(".weight").size()), name, dense);
       return;
     }
+    if (linears_ && take_linear(shard, name, tensor)) return;
     if (const auto parsed = parse_stack_name(name)) {
       stacks_[parsed->first].parts[parsed->second] = {shard, plan.kept.size()};
     }
     plan.kept.emplace_back(name, tensor);
+  }
+
+  bool take_linear(std::size_t shard, const std::string& name, const StoredTensor& tensor) {
+    constexpr std::string_view kEnding = ".weight";
+    if (!name.ends_with(kEnding) || tensor.shape.size() != 2) return false;
+    const std::string module = name.substr(0, name.size() - kEnding.size());
+    const std::string input = input_of(module);
+    if (input.empty()) return false;
+    std::vector<QuantizeTarget>& targets = plan_.shards[shard].targets;
+    inputs_[input].emplace_back(shard, targets.size());
+    targets.push_back({module, name, matrix_of(name, tensor, tensor.shape[0], tensor.shape[1], 0), 0});
+    return true;
   }
 
   void add(std::size_t shard, const ExpertName& name, std::string module, const std::string& source,
@@ -211,9 +252,9 @@ class Planner {
 
   QuantizeTarget& target(const Place& place) { return plan_.shards[place.first].targets[place.second]; }
 
-  void share(std::initializer_list<Place> places) {
+  void share(const std::vector<Place>& places) {
     for (const Place& place : places) target(place).global = plan_.globals.size();
-    plan_.globals.emplace_back(places);
+    plan_.globals.push_back(places);
   }
 
   // Engines fuse gate and up into one matrix with one global, so modelopt gives both the larger of the two.
@@ -231,6 +272,7 @@ class Planner {
         share({expert.at(Role::down)});
       }
     }
+    for (const auto& [input, places] : inputs_) share(places);
     for (std::size_t s = 0; s < plan_.shards.size(); ++s) drop(s);
   }
 
@@ -260,9 +302,11 @@ class Planner {
   }
 
   const std::vector<Shard>& shards_;
+  bool linears_;
   QuantizePlan plan_;
   std::map<std::string, std::map<i32, Expert>> experts_;
   std::map<std::string, Stack> stacks_;
+  std::map<std::string, std::vector<Place>> inputs_;  // layers outside the experts, by what they read
   std::set<Place> dropped_;
 };
 
@@ -274,7 +318,11 @@ bool any_starts_with(const std::vector<std::string>& sorted, std::string_view pr
 
 }  // namespace
 
-QuantizePlan plan_experts(const std::vector<Shard>& shards) { return Planner(shards).make(); }
+std::span<const std::string_view> full_recipe_families() { return kFullRecipe; }
+
+QuantizePlan plan_quantisation(const std::vector<Shard>& shards, bool linears) {
+  return Planner(shards, linears).make();
+}
 
 std::vector<std::string> summarise_excluded(const std::vector<std::string>& kept,
                                             const std::vector<std::string>& quantised) {

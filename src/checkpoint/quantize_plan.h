@@ -2,7 +2,9 @@
 #pragma once
 
 #include <map>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "checkpoint/safetensors.h"
@@ -39,8 +41,13 @@ struct Shard {
   Metadata metadata;
 };
 
-// Checks completeness, dtypes and shapes of all routed experts. Throws Error as quantize() says.
-QuantizePlan plan_experts(const std::vector<Shard>& shards);
+// Families (model_type) whose layers outside the routed experts can be quantised too: those where the result has been
+// compared with modelopt's export, byte for byte (tests/fixtures/full-*).
+std::span<const std::string_view> full_recipe_families();
+
+// Checks completeness, dtypes and shapes of all routed experts. With `linears`, attention, shared experts and dense
+// layers become targets too. Throws Error as quantize() says.
+QuantizePlan plan_quantisation(const std::vector<Shard>& shards, bool linears);
 
 // Modules that stay in high precision, with prefixes that cover no quantised module shortened to `prefix*` or
 // `prefix.*`, sorted: modelopt's summary (export/quant_utils.py, _prefix_wildcard_summarize_exclude_modules).
