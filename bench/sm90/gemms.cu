@@ -387,8 +387,9 @@ int run(const std::string& mode) {
   check(cudaGetDeviceProperties(&device, 0), "device");
   const int sms = device.multiProcessorCount;
   bool ok = true;
-  const Shape small[] = {{"odd", 192, 80, 5, 2}, {"gated", 512, 352, 8, 3}, {"relu2", 2688, 1856, 4, 2, false},
-                         {"wide", 2880, 704, 6, 4}, {"qwen", 2048, 768, 16, 8}};
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  const Shape small[] = {{"odd", 192, 80, 5, 2}, {"gated", 512, 352, 8, 3}, {"relu2", 2688, 1856, 2, 1, false},
+                         {"wide", 2880, 704, 3, 2}};
   for (const Shape& s : small) {
     for (const auto& [tokens, n] : std::vector<std::pair<int, int>>{{1, 8}, {7, 8}, {23, 16}, {50, 32}, {90, 64}, {150, 128}, {260, 256}}) {
       ok = verify(s, tokens, n, sms) && ok;

@@ -2,18 +2,20 @@
 //
 // Stage s is full when its bytes have arrived and empty when every consuming warp has let go of it. Loader and consumers
 // walk the ring with a cursor each, in the same order, and never meet otherwise. Waits end: a stage that does not change
-// for kWaitLimit probes (each sleeps for up to about a microsecond) is a fault and traps.
+// for kWaitCycles is a fault and traps.
 #pragma once
 
 #include "gpu/isa/bulk.cuh"
 
 namespace fourmoe::gpu {
 
-inline constexpr u32 kWaitLimit = 1u << 24;
+inline constexpr i64 kWaitCycles = 4'000'000'000;  // about 2 s; a whole layer takes milliseconds
 
 __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
-  for (u32 probe = 0; !isa::barrier_try(barrier, parity); ++probe) {
-    if (probe == kWaitLimit) __trap();
+  if (isa::barrier_try(barrier, parity)) return;
+  const i64 begin = clock64();
+  while (!isa::barrier_try(barrier, parity)) {
+    if (clock64() - begin > kWaitCycles) __trap();
   }
 }
 

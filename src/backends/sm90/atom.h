@@ -74,35 +74,30 @@ FOURMOE_HD u32 scale_pair(u32 word, int step) {
 
 // The inverses, for packers and tests.
 
-// Where each bit of each code lies in the two words: bit (w1 : w0) of code bit b of register r, half h.
-using CodePlaces = std::array<std::array<std::array<u8, 4>, 2>, 8>;
+// What each value of each code contributes to the two words (w1 : w0): [register][half][code].
+using CodeTable = std::array<std::array<std::array<u64, 16>, 2>, 8>;
 
-inline CodePlaces find_code_places() {
-  CodePlaces places{};
+inline CodeTable make_code_table() {
+  CodeTable table{};
   for (int bit = 0; bit < 64; ++bit) {  // set one, look where it goes
     u32 out[8];
     split_codes(bit < 32 ? 1u << bit : 0u, bit < 32 ? 0u : 1u << (bit - 32), out);
-    for (int r = 0; r < 8; ++r) {
-      for (int h = 0; h < 2; ++h) {
-        const u32 part = out[r] >> (16 * h) & 0xffffu;
-        for (int b = 0; b < 4; ++b) {
-          if ((part >> (b == 3 ? 15 : 6 + b) & 1u) != 0) places[r][h][b] = static_cast<u8>(bit);
-        }
+    for (int place = 0; place < 16; ++place) {
+      const u32 part = out[place / 2] >> (16 * (place % 2)) & 0xffffu;
+      const u32 code = (part >> 12 & 8u) | (part >> 6 & 7u);
+      for (u32 value = 0; value < 16; ++value) {
+        if ((value & code) != 0) table[place / 2][place % 2][value] |= u64{1} << bit;
       }
     }
   }
-  return places;
+  return table;
 }
 
 // Codes a[register][half] (4 bits each) -> the two words.
 inline std::array<u32, 2> join_codes(const std::array<std::array<u8, 2>, 8>& a) {
-  static const CodePlaces places = find_code_places();
+  static const CodeTable table = make_code_table();
   u64 words = 0;
-  for (int r = 0; r < 8; ++r) {
-    for (int h = 0; h < 2; ++h) {
-      for (int b = 0; b < 4; ++b) words |= u64{static_cast<u32>(a[r][h] >> b & 1)} << places[r][h][b];
-    }
-  }
+  for (int r = 0; r < 8; ++r) words |= table[r][0][a[r][0] & 15] | table[r][1][a[r][1] & 15];
   return {static_cast<u32>(words), static_cast<u32>(words >> 32)};
 }
 

@@ -10,16 +10,12 @@ struct Source {
   const format::Matrix* matrix = nullptr;
   int row = 0;
 
-  u8 code(int column) const {
-    if (matrix == nullptr || column >= matrix->cols || scale_byte(column) == 0) return 0;
-    return format::code_at(matrix->row(row), column);
-  }
-  u8 scale(int column) const { return format::to_ue5m3(scale_byte(column)); }
-
- private:
   u8 scale_byte(int column) const {
     return matrix == nullptr || column >= matrix->cols ? u8{0} : matrix->scale_row(row)[column / format::kNvfp4Block];
   }
+  // Codes of columns `column`, + 1 (even) as the checkpoint's byte.
+  u8 code_pair(int column) const { return scale_byte(column) == 0 ? u8{0} : matrix->row(row)[column / 2]; }
+  u8 scale(int column) const { return format::to_ue5m3(scale_byte(column)); }
 };
 
 // Row `row` of the blob: sixteens of 8 gate and 8 up rows when there is a gate.
@@ -38,7 +34,8 @@ void pack_thread(const Source& g, const Source& h, int column, int t, u8* codes)
     for (int r = 0; r < 8; ++r) {
       const Source& source = r % 2 == 0 ? g : h;
       const int first = column + 32 * pair + r / 4 * 16 + r % 4 / 2 * 8 + 2 * t;
-      a[r] = {source.code(first), source.code(first + 1)};
+      const u8 codes_here = source.code_pair(first);
+      a[r] = {static_cast<u8>(codes_here & 15), static_cast<u8>(codes_here >> 4)};
     }
     const auto words = join_codes(a);
     std::memcpy(codes + 8 * pair, words.data(), 8);

@@ -42,11 +42,12 @@ struct Tiles {
   static constexpr int kStages = kStages_;
   static constexpr int kRowTiles = kGroups * kRows;
   static constexpr int kThreads = (kGroups + 1) * 128;
-  // An even share of the 65536 registers would be too few for the consumers and too many for the loader.
-  static constexpr int kLoaderRegisters = 40;
-  static constexpr int kConsumerRegisters = (65536 / 128 - kLoaderRegisters) / kGroups / 8 * 8 > 232
-                                                ? 232
-                                                : (65536 / 128 - kLoaderRegisters) / kGroups / 8 * 8;
+  // An even share of the 65536 registers would be too few for the consumers and too many for the loader. What one gives
+  // up is all that the others can take: setmaxnreg waits for ever for registers that the launch did not allot.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kLoaderRegisters = kGroups == 4 ? 32 : 40;
+  static constexpr int kConsumerRegisters = (kLaunchRegisters * kThreads / 128 - kLoaderRegisters) / kGroups / 8 * 8;
+  static_assert(kConsumerRegisters <= 232);
 
   struct Stage {  // two K steps
     u8 tokens[2][kSlots * 128];
