@@ -132,8 +132,9 @@ struct Paired {  // the atom: what two words leave over makes two codes
   }
 };
 
-// Rate: kGroups warpgroups, each kRows tiles of 64 weight rows, multiply by the same kColumns tokens; operands cycle through
-// 4 stages that lie in shared memory from the start. The unpacking of one tile overlaps the multiply of the one before.
+// Rate: kGroups warpgroups, each kRows tiles of 64 weight rows, multiply by the same kColumns tokens; operands cycle
+// through 4 stages that lie in shared memory from the start. The unpacking of one tile overlaps the multiply of the one
+// before.
 
 template <int kColumns, int kGroups, int kRows>
 struct Stage {
@@ -197,10 +198,11 @@ void measure_rate(const uint4* random, f32* out, int sms) {
   const double s = seconds(5, [&] { kernel<<<sms, kGroups * 128, bytes>>>(random, out, steps); });
   check(cudaGetLastError(), "rate");
   const double weights = double(sms) * kGroups * kRows * 64 * 64 * steps;
-  std::printf("{\"part\": \"rate\", \"unpack\": \"%s\", \"columns\": %d, \"groups\": %d, \"rows\": %d, \"registers\": %d, "
-              "\"spilled\": %zu, \"TFLOPs\": %.1f, \"packed_TBps\": %.3f}\n",
-              Unpack::kName, kColumns, kGroups, kRows, attributes.numRegs, attributes.localSizeBytes,
-              2 * weights * kColumns / s * 1e-12, weights * 0.5625 / s * 1e-12);
+  std::printf(
+      "{\"part\": \"rate\", \"unpack\": \"%s\", \"columns\": %d, \"groups\": %d, \"rows\": %d, \"registers\": %d, "
+      "\"spilled\": %zu, \"TFLOPs\": %.1f, \"packed_TBps\": %.3f}\n",
+      Unpack::kName, kColumns, kGroups, kRows, attributes.numRegs, attributes.localSizeBytes,
+      2 * weights * kColumns / s * 1e-12, weights * 0.5625 / s * 1e-12);
 }
 
 template <int kColumns, int kGroups, int kRows>

@@ -1,8 +1,8 @@
 // ring: staged shared memory between a loader and its consumers.
 //
-// Stage s is full when its bytes have arrived and empty when every consuming warp has let go of it. Loader and consumers
-// walk the ring with a cursor each, in the same order, and never meet otherwise. Waits end: a stage that does not change
-// for kWaitCycles is a fault and traps.
+// Stage s is full when its bytes have arrived and empty when every consuming warp has let go of it. Loader and
+// consumers walk the ring with a cursor each, in the same order, and never meet otherwise. Waits end: a stage that does
+// not change for kWaitCycles is a fault and traps.
 #pragma once
 
 #include "gpu/isa/bulk.cuh"

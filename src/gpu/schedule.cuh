@@ -1,8 +1,8 @@
 // schedule: the one order of tiles, for every role of a persistent kernel.
 //
-// A tile is kRowTile weight rows of one expert by one tile of its slots. Tiles are counted expert by expert, row tile by
-// row tile, slot tile by slot tile (neighbours share weights), and dealt to the blocks in turn. The order comes from counts
-// on the device alone, so a captured launch serves any routing.
+// A tile is kRowTile weight rows of one expert by one tile of its slots. Tiles are counted expert by expert, row tile
+// by row tile, slot tile by slot tile (neighbours share weights), and dealt to the blocks in turn. The order comes from
+// counts on the device alone, so a captured launch serves any routing.
 #pragma once
 
 #include "format/number.h"

@@ -8,8 +8,8 @@
 
 namespace fourmoe::sm90 {
 
-// a * (low or high half of s), both halves of a; exact for codes in place and scales in place. The choice of the half is an
-// operand selector of HMUL2, not an instruction.
+// a * (low or high half of s), both halves of a; exact for codes in place and scales in place. The choice of the half
+// is an operand selector of HMUL2, not an instruction.
 template <int kHalf>
 __device__ __forceinline__ u32 multiply_half(u32 a, u32 s) {
   const __nv_bfloat162 pair = *reinterpret_cast<const __nv_bfloat162*>(&s);

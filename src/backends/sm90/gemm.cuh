@@ -1,5 +1,5 @@
-// gemm: slots times packed experts, the body of gemm1 and gemm2 on Hopper. A persistent block has a loader thread, warpgroups
-// that unpack and multiply, and an epilogue in their registers.
+// gemm: slots times packed experts, the body of gemm1 and gemm2 on Hopper. A persistent block has a loader warp,
+// warpgroups that unpack and multiply, and an epilogue in their registers.
 #pragma once
 
 #include "backends/sm90/atom.cuh"
@@ -20,8 +20,8 @@ struct Operands {
   const i32* expert_rows;         // [experts] slots in use
   const i32* tile_begin;          // [experts + 1] slot tiles before each expert, for this kernel's kSlots
   i32 experts;
-  i32 row_tiles;                  // of one expert, 64 rows each
-  i32 steps;                      // K steps, even
+  i32 row_tiles;  // of one expert, 64 rows each
+  i32 steps;      // K steps, even
 };
 
 template <class T>
@@ -36,30 +36,34 @@ __device__ int row_blocks(const Operands& operands) {
   return (operands.row_tiles + T::kRowTiles - 1) / T::kRowTiles;
 }
 
-// One thread: keeps the ring full, tile after tile.
+// One warp: keeps the ring full, tile after tile. Each lane brings one part of a stage: a row tile's two K steps of
+// weights, or one K step of tokens.
 template <class T>
 __device__ void load(Shared<T>& shared, const Operands& operands) {
+  static_assert(T::kRowTiles + 2 <= 32);
+  const int lane = threadIdx.x % 32;
+  const int half = lane - T::kRowTiles;  // of tokens; negative: this lane brings weights
+  const u32 bytes = half < 0 ? 2 * kTileBytes : T::kSlots * 128;
+  const i64 stride = half < 0 ? 2 * kTileBytes : 2 * operands.step_bytes;
   gpu::Schedule schedule(shared.tile_begin, operands.experts, row_blocks<T>(operands));
   gpu::Cursor<T::kStages> cursor;
   gpu::Tile tile{-1, 0, 0};
   while (schedule.next(&tile)) {
-    const int first = tile.row_tile * T::kRowTiles;
-    const int rows = min(T::kRowTiles, operands.row_tiles - first);
+    const int row = tile.row_tile * T::kRowTiles + lane;
     const int group = operands.expert_begin[tile.expert] / kGroupSlots + tile.slot_tile * (T::kSlots / kGroupSlots);
-    const std::byte* weights = operands.blobs[tile.expert] + i64{first} * operands.steps * kTileBytes;
-    const u8* tokens = operands.tokens + i64{group} * kGroupBytes;
-    for (int step = 0; step < operands.steps; step += 2, cursor.advance()) {
+    const int rows = min(T::kRowTiles, operands.row_tiles - tile.row_tile * T::kRowTiles);
+    const bool brings = half < 0 ? lane < rows : half < 2;
+    const u8* from =
+        half < 0 ? reinterpret_cast<const u8*>(operands.blobs[tile.expert]) + i64{row} * operands.steps * kTileBytes
+                 : operands.tokens + half * operands.step_bytes + i64{group} * kGroupBytes;
+    for (int step = 0; step < operands.steps; step += 2, cursor.advance(), from += stride) {
       typename T::Stage& stage = shared.stages[cursor.stage];
       u64* full = &shared.ring.full[cursor.stage];
       gpu::wait(&shared.ring.empty[cursor.stage], cursor.lap ^ 1);
-      gpu::isa::barrier_expect(full, sizeof(stage.tokens) + rows * 2 * kTileBytes);
-      for (int r = 0; r < rows; ++r) {
-        gpu::isa::bulk_load(stage.weights[r], weights + (i64{r} * operands.steps + step) * kTileBytes, 2 * kTileBytes,
-                            full);
-      }
-      for (int half = 0; half < 2; ++half) {
-        gpu::isa::bulk_load(stage.tokens[half], tokens + (step + half) * operands.step_bytes, T::kSlots * 128, full);
-      }
+      if (lane == 0) gpu::isa::barrier_expect(full, sizeof(stage.tokens) + rows * 2 * kTileBytes);
+      __syncwarp();
+      u8* to = half < 0 ? stage.weights[lane][0] : stage.tokens[half & 1];
+      if (brings) gpu::isa::bulk_load(to, from, bytes, full);
     }
   }
 }
@@ -86,7 +90,8 @@ __device__ __forceinline__ void unpack_tile(const u8* tile, u32 (&a)[4][4]) {
 // A warpgroup: sums of its row tiles over all K steps. While one step's products are at work the next one's weights are
 // unpacked into the other set of operands.
 template <class T>
-__device__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStages>* cursor, int steps, f32 (&d)[T::kRows][T::kSlots / 2]) {
+__device__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStages>* cursor, int steps,
+                         f32 (&d)[T::kRows][T::kSlots / 2]) {
   const int group = threadIdx.x / 128;
   u32 a[2][4][4];
   gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
@@ -149,7 +154,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     consume<T>(shared, operands, epilogue);
   } else {
     gpu::isa::registers_give<T::kLoaderRegisters>();
-    if (threadIdx.x == T::kGroups * 128) load<T>(shared, operands);
+    if (threadIdx.x < T::kGroups * 128 + 32) load<T>(shared, operands);
   }
 }
 

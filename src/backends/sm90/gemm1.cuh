@@ -10,11 +10,11 @@ namespace fourmoe::sm90 {
 
 // Sums to gemm2's tokens, tiled. Where inter does not fill K steps, the last row tile writes the zeros that follow.
 struct Activate {
-  const f32* scales;      // [experts, 2] global scale of gate and of up, times 2^-kProductExponent
-  const f32* gate_bias;   // [experts, inter]; null for none
-  const f32* up_bias;     // [experts, inter]; null for none
+  const f32* scales;     // [experts, 2] global scale of gate and of up, times 2^-kProductExponent
+  const f32* gate_bias;  // [experts, inter]; null for none
+  const f32* up_bias;    // [experts, inter]; null for none
   Activation activation;
-  u8* y;                  // tiled bf16 rows of inter columns; overwritten where slots are in use
+  u8* y;  // tiled bf16 rows of inter columns; overwritten where slots are in use
   i64 step_bytes;
   i32 inter;
   i32 row_tiles;
@@ -70,8 +70,8 @@ struct Gather {
   i64 stride_bytes;
   const i32* slot_token;  // [slots] token of each slot, -1 for padding
   i32 slots;
-  i32 columns;            // hidden size
-  u8* tokens;             // tiled
+  i32 columns;  // hidden size
+  u8* tokens;   // tiled
   i64 step_bytes;
 };
 

@@ -46,7 +46,8 @@ __device__ __forceinline__ bool barrier_try(u64* barrier, u32 parity) {
   return done != 0;
 }
 
-// Copies `bytes` (a multiple of 16, both addresses aligned to 16) from global to shared memory; completes on the barrier.
+// Copies `bytes` (a multiple of 16, both addresses aligned to 16) from global to shared memory; completes on the
+// barrier.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),

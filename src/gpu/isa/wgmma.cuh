@@ -1,8 +1,9 @@
 // wgmma: the warpgroup's matrix multiply, bf16 operands, f32 sums, A in registers.
 //
-// D[64, N] += A[64, 16] * B[16, N]. A: four bf16x2 registers a thread (backends/sm90/atom.h says which). B: K-major rows of
-// 64 values (128 bytes) in shared memory with the 128-byte swizzle. D: registers 4j + {0, 1} are row g, 4j + {2, 3} row
-// g + 8, columns 8j + 2t + {0, 1}, where g = lane / 4 within the warp's 16 rows and t = lane % 4 (PTX ISA, wgmma).
+// D[64, N] += A[64, 16] * B[16, N]. A: four bf16x2 registers a thread (backends/sm90/atom.h says which). B: K-major
+// rows of 64 values (128 bytes) in shared memory with the 128-byte swizzle. D: registers 4j + {0, 1} are row g, 4j +
+// {2, 3} row g + 8, columns 8j + 2t + {0, 1}, where g = lane / 4 within the warp's 16 rows and t = lane % 4 (PTX ISA,
+// wgmma).
 #pragma once
 
 #include "format/number.h"
@@ -18,8 +19,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Descriptor of rows of 128 swizzled bytes, 8 rows (1024 bytes) a group, at a shared address aligned to 1024. One K step of
-// 16 values is 32 bytes, that is + 2.
+// Descriptor of rows of 128 swizzled bytes, 8 rows (1024 bytes) a group, at a shared address aligned to 1024. One K
+// step of 16 values is 32 bytes, that is + 2.
 __device__ __forceinline__ u64 swizzled_rows(u32 shared_address) {
   return u64{shared_address >> 4 & 0x3fff} | u64{1} << 16 | u64{64} << 32 | u64{1} << 62;
 }
