@@ -28,8 +28,8 @@ struct Options {
 void print_text(const Options& options, const checkpoint::QuantizeResult& result, f64 seconds) {
   Facts facts;
   facts.add("wrote", fmt::format("{}: {} in {} files", options.out, bytes_text(result.bytes_written), result.files));
-  facts.add("experts",
-            fmt::format("{} matrices of {} layer{}: {} to {} ({:.2f} bits a weight before, {:.2f} after)",
+  facts.add("quantised",
+            fmt::format("{} matrices, experts of {} layer{}: {} to {} ({:.2f} bits a weight before, {:.2f} after)",
                         result.matrices, result.layers, result.layers == 1 ? "" : "s", bytes_text(result.bytes_before),
                         bytes_text(result.bytes_after), result.bits_before(), result.bits_after()));
   facts.add("kept", fmt::format("{} tensors as they were", result.tensors_kept));

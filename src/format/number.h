@@ -81,16 +81,16 @@ inline f32 from_e4m3(u8 byte) {
 // Saturates at 448; NaN gives 0x7f.
 inline u8 to_e4m3(f32 value) {
   const u32 bits = std::bit_cast<u32>(value);
-  const u8 sign = static_cast<u8>((bits >> 24) & 0x80u);
-  const f32 magnitude = std::bit_cast<f32>(bits & 0x7fffffffu);
-  if (!(magnitude == magnitude)) return static_cast<u8>(sign | 0x7fu);
-  if (magnitude >= 448.0f) return static_cast<u8>(sign | 0x7eu);
-  // Adding a power of two whose ulp is E4M3's step at this magnitude rounds there, ties to even.
-  const i32 exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
-  const f32 anchor = std::ldexp(1.0f, exponent + 20);                     // ulp 2^(exponent - 3)
-  const f32 rounded = (magnitude + anchor) - anchor;                      // f32 carries 23 mantissa bits
-  const i32 steps = static_cast<i32>(std::ldexp(rounded, 3 - exponent));  // 8..16, or 0..8 when subnormal
-  return static_cast<u8>(sign | static_cast<u8>(((exponent + 6) << 3) + steps));
+  const u32 sign = (bits >> 24) & 0x80u;
+  const u32 magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<u8>(sign | 0x7fu);
+  if (magnitude >= 0x43e00000u) return static_cast<u8>(sign | 0x7eu);  // 448 and above
+  if (magnitude < 0x3c800000u) {                                       // below 2^-6: subnormal in E4M3
+    const f32 shifted = std::bit_cast<f32>(magnitude) + 0x1p14f;       // ulp of 0x1p14f is 2^-9, E4M3's too
+    return static_cast<u8>(sign | (std::bit_cast<u32>(shifted) - 0x46800000u));
+  }
+  const u32 rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
+  return static_cast<u8>(sign | ((rounded - 0x3c000000u) >> 20));
 }
 
 // UE5M3: an E4M3 scale without its sign as 5 exponent (bias 15) and 3 mantissa bits. The f32 with bits byte << 20,
