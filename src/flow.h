@@ -71,7 +71,7 @@ struct Activation {
   f32 beta = 1.0f;     // swiglu_clamped: added to up
   f32 limit = 7.0f;    // swiglu_clamped: gate <= limit, |up| <= limit
 
-  bool gated() const { return kind != ActivationKind::relu2; }
+  constexpr bool gated() const { return kind != ActivationKind::relu2; }
 };
 
 enum class Score : u8 { softmax, sigmoid, sqrt_softplus, none };

@@ -18,7 +18,7 @@ ROOMS = ("reference", "cpu", "sm90", "sm100", "sm120")
 ROOM_NAMES = re.compile(r"atom(_\w+)?|tiles|gemm1|gemm2|whole")
 TIERS = ("words", "contracts", "gpu", "bodies", "rooms", "plan", "faces")
 WORDS = {"flow", "status", "machine", "executor", "workspace"}
-CONTRACTS = {"args.h", "weights/expert_table.h", "parallel/parallel.h", "parallel/arena.h"}
+CONTRACTS = {"args.h", "weights/expert_table.h", "weights/quantise.h", "parallel/parallel.h", "parallel/arena.h"}
 PLAN = {"plan", "tune", "layer"}
 SAME_TIER_OPEN = ("words", "contracts", "plan", "faces")  # elsewhere a file sees lower tiers and its own folder
 

@@ -261,7 +261,7 @@ TEST_P(EveryRoom, SharedExpertsAreAdded) {
   checkpoint::Layer shared = routed;
   shared.problem = s.problem;
   shared.experts.pop_back();
-  shared.shared.emplace();
+  shared.shared = checkpoint::Layer::Shared{};
   shared.shared->problem = cases::problem(s.problem.hidden, s.problem.inter, 1, 1);
   shared.shared->problem.routing.score = Score::none;
   shared.shared->expert = routed.experts.back();

@@ -28,6 +28,7 @@ TEST(Number, Bf16RoundsToNearestTiesToEven) {
   EXPECT_EQ(to_bf16(1.0f + 0x1p-8f + 0x1p-20f), 0x3f81);
 }
 
+#ifdef __FLT16_MAX__  // clang 14 has the type on few machines
 TEST(Number, F16MatchesTheCompilersType) {
   for (u32 bits = 0; bits < 0x10000; ++bits) {
     const u16 half = static_cast<u16>(bits);
@@ -50,6 +51,7 @@ TEST(Number, F16MatchesTheCompilersType) {
   EXPECT_EQ(to_f16_saturated(1e9f), 0x7bff);
   EXPECT_EQ(to_f16_saturated(-1e9f), 0xfbff);
 }
+#endif
 
 TEST(Number, E4m3DecodesByItsDefinition) {
   for (int byte = 0; byte < 256; ++byte) {

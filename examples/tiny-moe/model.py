@@ -21,7 +21,7 @@ def read_safetensors(path):
     raw = np.memmap(path, np.uint8, "r")
     begin = 8 + int(raw[:8].view(np.uint64)[0])
     header = json.loads(raw[8:begin].tobytes())
-    dtypes = {"BF16": np.uint16, "F32": np.float32, "I32": np.int32, "U8": np.uint8, "F8_E4M3": np.uint8}
+    dtypes = {"BF16": np.uint16, "F32": np.float32, "I32": np.int32, "F64": np.float64, "U8": np.uint8, "F8_E4M3": np.uint8}
     metadata, tensors = header.pop("__metadata__", {}), {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/safetensors.h"
 #include "executor.h"
 #include "flow.h"
 #include "weights/expert_table.h"
@@ -23,6 +24,7 @@ struct Oddities {
   f32 largest_ratio = 1.0f;  // largest ratio between the two
   i32 inputs_missing = 0;    // projections without input scale
   i32 inputs_zero = 0;       // projections whose input scale is 0
+  i32 globals_invalid = 0;   // projections whose global scale is not finite and positive; load refuses them
 };
 
 // The always-active experts beside the routed ones.
@@ -89,6 +91,9 @@ class Checkpoint {
 
   // Headers and the scalars of the scales; never the weights.
   Info inspect() const;
+
+  // All tensors of a safetensors checkpoint, experts or not; empty for a .gguf.
+  const TensorMap& tensors() const;
 
   // Throws layer_missing with the layers there are; tensor_*, scale_invalid, global_invalid name tensor and expert.
   // Scale bytes of all experts are checked here, in parallel.

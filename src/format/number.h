@@ -9,6 +9,13 @@
 #include <cstdint>
 #include <cstring>
 
+// Functions that run on host and device alike.
+#if defined(__CUDACC__)
+#define FOURMOE_HD __host__ __device__ __forceinline__
+#else
+#define FOURMOE_HD inline
+#endif
+
 namespace fourmoe {
 
 using u8 = std::uint8_t;
@@ -85,6 +92,15 @@ inline u8 to_e4m3(f32 value) {
   const i32 steps = static_cast<i32>(std::ldexp(rounded, 3 - exponent));  // 8..16, or 0..8 when subnormal
   return static_cast<u8>(sign | static_cast<u8>(((exponent + 6) << 3) + steps));
 }
+
+// UE5M3: an E4M3 scale without its sign as 5 exponent (bias 15) and 3 mantissa bits. The f32 with bits byte << 20,
+// times 2^112, is its value: subnormals of E4M3 become normal, so kernels decode by shifts alone. Lossless; NaN has no
+// image.
+inline u8 to_ue5m3(u8 e4m3) {
+  return static_cast<u8>(std::bit_cast<u32>(from_e4m3(static_cast<u8>(e4m3 & 0x7fu)) * 0x1p-112f) >> 20);
+}
+
+inline u8 from_ue5m3(u8 ue5m3) { return to_e4m3(std::bit_cast<f32>(u32{ue5m3} << 20) * 0x1p112f); }
 
 // E8M0: 2^(byte - 127); 255 is NaN.
 inline f32 from_e8m0(u8 byte) {

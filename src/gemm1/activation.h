@@ -14,23 +14,23 @@
 namespace fourmoe::gemm1 {
 
 template <class T>
-T sigmoid(T x) {
+FOURMOE_HD T sigmoid(T x) {
   return T(1) / (T(1) + std::exp(-x));
 }
 
 template <class T>
-T gelu_erf(T x) {
+FOURMOE_HD T gelu_erf(T x) {
   return T(0.5) * x * (T(1) + std::erf(x * T(0.70710678118654752440)));  // 1/sqrt(2)
 }
 
 template <class T>
-T gelu_tanh(T x) {
+FOURMOE_HD T gelu_tanh(T x) {
   return T(0.5) * x * (T(1) + std::tanh(T(0.79788456080286535588) * (x + T(0.044715) * x * x * x)));  // sqrt(2/pi)
 }
 
 // `gate` is ignored by forms without one.
 template <class T>
-T activate(const Activation& activation, T gate, T up) {
+FOURMOE_HD T activate(const Activation& activation, T gate, T up) {
   switch (activation.kind) {
     case ActivationKind::swiglu: return gate * sigmoid(gate) * up;
     case ActivationKind::swiglu_clamped: {

@@ -37,15 +37,10 @@ Place place(const Order& order, i32 blocks, i32 index) {
 }
 
 // An E4M3 magnitude in f32 has its 8 significant bits of UE5M3 at bit 20; E4M3's exponent bias is 7, UE5M3's 15.
-u8 encode_ue5m3(u8 e4m3) {
-  const f32 value = format::from_e4m3(static_cast<u8>(e4m3 & 0x7fu));
-  return static_cast<u8>(std::bit_cast<u32>(value * 0x1p-112f) >> 20);
-}
-
 const std::array<u8, 256>& ue5m3_table() {
   static const std::array<u8, 256> table = [] {
     std::array<u8, 256> made{};
-    for (i32 byte = 0; byte < 256; ++byte) made[byte] = encode_ue5m3(static_cast<u8>(byte));
+    for (i32 byte = 0; byte < 256; ++byte) made[byte] = format::to_ue5m3(static_cast<u8>(byte));
     return made;
   }();
   return table;
@@ -154,10 +149,6 @@ i64 panel_bytes(PanelFormat format, const Order& order, i32 cols) {
 
 i32 panel_count(const Order& order, i32 rows) { return (rows + order.panel_rows - 1) / order.panel_rows; }
 
-u8 to_ue5m3(u8 e4m3) { return ue5m3_table()[e4m3]; }
-
-u8 from_ue5m3(u8 ue5m3) { return format::to_e4m3(std::bit_cast<f32>(u32{ue5m3} << 20) * 0x1p112f); }
-
 void pack_panels(const Matrix& matrix, const Order& order, i32 first, i32 count, std::byte* out, i64 stride) {
   const PanelFormat format = panel_format(matrix.encoding);
   for (i32 panel = first; panel < first + count; ++panel, out += stride) {
@@ -195,7 +186,7 @@ void unpack(PanelFormat format, const Order& order, i32 rows, i32 cols, const st
       std::memcpy(pairs + 4, panel + at.codes + (i64{order.panel_rows} + r) * 4, 4);
       const u8 scale = static_cast<u8>(panel[at.scales + r]);
       scales[i64{row} * (blocks / blocks_a_scale) + block / blocks_a_scale] =
-          format == PanelFormat::nvfp4 ? from_ue5m3(scale) : scale;
+          format == PanelFormat::nvfp4 ? format::from_ue5m3(scale) : scale;
     }
   }
 }

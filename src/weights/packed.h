@@ -5,7 +5,7 @@
 //   4-bit: groups of 64 columns (the last one of 16, 32 or 48), so that no load of codes crosses a cache line.
 //          A group is panel_rows * 8 code bytes for each of its blocks of 16, then panel_rows scale bytes for each.
 //          Codes: for each half of 8 columns, one 32-bit little-endian word a row; nibble j is column j of the half.
-//          Scales: nvfp4 as UE5M3 (see to_ue5m3), mxfp4 as E8M0 (the two halves of a block of 32 repeat it).
+//          Scales: nvfp4 as UE5M3 (format/number.h), mxfp4 as E8M0 (the two halves of a block of 32 repeat it).
 //   bf16:  a column is panel_rows values (u16); f32: the same with f32 values (f16, f32, fp8 are exact in f32).
 // Rows beyond the matrix are zero (code 0 with scale 0, or with 2^-127 for mxfp4), so they multiply to zero.
 // Gate and up panels alternate, so that one task reads both halves of a pair from one stream.
@@ -35,11 +35,6 @@ i64 panel_bytes(PanelFormat format, const Order& order, i32 cols);
 
 // Panels of a matrix: ceil(rows / panel_rows).
 i32 panel_count(const Order& order, i32 rows);
-
-// E4M3 scale without sign as an unsigned float with 5 exponent bits (bias 15) and 3 mantissa bits: the f32 with bits
-// byte << 20, times 2^112, is its value; subnormals of E4M3 become normal. Lossless; NaN has no image.
-u8 to_ue5m3(u8 e4m3);
-u8 from_ue5m3(u8 ue5m3);
 
 // Writes `count` panels starting at panel `first` of the matrix, `stride` bytes apart.
 void pack_panels(const format::Matrix& matrix, const Order& order, i32 first, i32 count, std::byte* out, i64 stride);

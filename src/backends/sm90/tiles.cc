@@ -1,0 +1,71 @@
+#include "backends/sm90/tiles.h"
+
+#include "backends/sm90/atom.h"
+
+namespace fourmoe::sm90 {
+namespace {
+
+// A row of the blob: a row of one of the matrices, or nothing but zeros.
+struct Source {
+  const format::Matrix* matrix = nullptr;
+  int row = 0;
+
+  u8 scale_byte(int column) const {
+    return matrix == nullptr || column >= matrix->cols ? u8{0} : matrix->scale_row(row)[column / format::kNvfp4Block];
+  }
+  // Codes of columns `column`, + 1 (even) as the checkpoint's byte.
+  u8 code_pair(int column) const { return scale_byte(column) == 0 ? u8{0} : matrix->row(row)[column / 2]; }
+  u8 scale(int column) const { return format::to_ue5m3(scale_byte(column)); }
+};
+
+// Row `row` of the blob: sixteens of 8 gate and 8 up rows when there is a gate.
+Source source_of(const format::Matrix* gate, const format::Matrix& up, int row) {
+  if (gate == nullptr) return row < up.rows ? Source{&up, row} : Source{};
+  const int feature = row / 16 * 8 + row % 8;
+  if (feature >= up.rows) return {};
+  return {row % 16 < 8 ? gate : &up, feature};
+}
+
+// What one thread reads of a tile: rows g and h, columns of K steps `column`, + 16, + 32, + 48 (column is a multiple of
+// 64).
+void pack_thread(const Source& g, const Source& h, int column, int t, u8* codes) {
+  for (int pair = 0; pair < 2; ++pair) {
+    std::array<std::array<u8, 2>, 8> a{};
+    for (int r = 0; r < 8; ++r) {
+      const Source& source = r % 2 == 0 ? g : h;
+      const int first = column + 32 * pair + r / 4 * 16 + r % 4 / 2 * 8 + 2 * t;
+      const u8 codes_here = source.code_pair(first);
+      a[r] = {static_cast<u8>(codes_here & 15), static_cast<u8>(codes_here >> 4)};
+    }
+    const auto words = join_codes(a);
+    std::memcpy(codes + 8 * pair, words.data(), 8);
+  }
+}
+
+void pack_tile(const format::Matrix* gate, const format::Matrix& up, int row, int column, u8* tile) {
+  for (int pair = 0; pair < 32; ++pair) {  // rows g and g + 8 of each warp's sixteen
+    const int top = row + pair / 8 * 16 + pair % 8;
+    const Source g = source_of(gate, up, top);
+    const Source h = source_of(gate, up, top + 8);
+    for (int t = 0; t < 4; ++t) pack_thread(g, h, column, t, tile + (pair * 4 + t) * 16);
+    for (int half = 0; half < 2; ++half) {
+      const int k = column + 32 * half;
+      const u32 word = join_scales(g.scale(k), h.scale(k), g.scale(k + 16), h.scale(k + 16));
+      std::memcpy(tile + kCodeBytes + pair * 8 + half * 4, &word, 4);
+    }
+  }
+}
+
+}  // namespace
+
+void pack(const format::Matrix* gate, const format::Matrix& up, u8* blob) {
+  const int rows = gate == nullptr ? up.rows : 2 * up.rows;
+  const int steps = k_steps(up.cols);
+  for (int tile = 0; tile < row_tiles(rows); ++tile) {
+    for (int step = 0; step < steps; ++step) {
+      pack_tile(gate, up, tile * kTileRows, step * kTileColumns, blob + (i64{tile} * steps + step) * kTileBytes);
+    }
+  }
+}
+
+}  // namespace fourmoe::sm90

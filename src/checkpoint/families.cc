@@ -1,0 +1,76 @@
+#include "checkpoint/families.h"
+
+#include <array>
+
+namespace fourmoe::checkpoint {
+namespace {
+
+using enum ActivationKind;
+
+// Sources: each model's modeling and configuration files in huggingface/transformers 5.23. "Top-k, then softmax"
+// (Mixtral, gpt-oss) equals softmax with renormalise.
+constexpr std::array<Family, 26> kFamilies = {{
+    {.name = "deepseek_v2", .renormalise = false, .renormalise_key = true, .group_best = 1},
+    {.name = "deepseek_v3", .score = Score::sigmoid, .renormalise_key = true, .scale = 2.5f, .gate_bias_selects = true},
+    {.name = "deepseek_v32",
+     .score = Score::sigmoid,
+     .renormalise_key = true,
+     .scale = 2.5f,
+     .gate_bias_selects = true},
+    {.name = "deepseek_v4",
+     .score = Score::sqrt_softplus,
+     .scale = 1.5f,
+     .activation = swiglu_clamped,
+     .activation_key = false,
+     .alpha = 1.0f,
+     .beta = 0.0f,
+     .gate_bias_selects = true},
+    {.name = "kimi_k2", .score = Score::sigmoid, .renormalise_key = true, .gate_bias_selects = true},
+    {.name = "glm4_moe", .score = Score::sigmoid, .renormalise_key = true},
+    {.name = "glm4v_moe", .score = Score::sigmoid, .renormalise_key = true},
+    {.name = "glm4_moe_lite", .score = Score::sigmoid, .renormalise_key = true},
+    {.name = "glm_moe_dsa", .score = Score::sigmoid, .renormalise_key = true, .scale = 2.5f},
+    {.name = "dots1", .score = Score::sigmoid, .renormalise = false, .renormalise_key = true},
+    {.name = "mistral4", .renormalise_key = true},
+    {.name = "qwen2_moe", .renormalise = false, .renormalise_key = true},
+    {.name = "qwen3_moe", .renormalise = false, .renormalise_key = true},
+    {.name = "qwen3_vl_moe"},
+    {.name = "qwen3_next", .renormalise_key = true},
+    {.name = "qwen3_5_moe"},
+    {.name = "olmoe", .renormalise = false, .renormalise_key = true},
+    {.name = "mixtral"},
+    {.name = "minimax"},
+    {.name = "minimax_text_01"},
+    {.name = "minimax_m2", .score = Score::sigmoid},
+    {.name = "minimax_m3_vl",
+     .score = Score::sigmoid,
+     .scale = 2.0f,
+     .activation = swiglu_clamped,
+     .activation_key = false},
+    {.name = "nemotron_h", .score = Score::sigmoid, .renormalise_key = true, .activation = relu2},
+    {.name = "llama4", .score = Score::sigmoid, .renormalise = false, .weight_on_input = true, .transposed = true},
+    {.name = "gpt_oss", .activation = swiglu_clamped, .activation_key = false, .transposed = true, .interleaved = true},
+    {.name = "ernie4_5_moe"},
+}};
+
+}  // namespace
+
+std::span<const Family> families() { return kFamilies; }
+
+const Family* find_family(std::string_view name) {
+  for (const Family& family : kFamilies) {
+    if (family.name == name) return &family;
+  }
+  return nullptr;
+}
+
+std::string family_names() {
+  std::string text;
+  for (const Family& family : kFamilies) {
+    if (!text.empty()) text += ", ";
+    text += family.name;
+  }
+  return text;
+}
+
+}  // namespace fourmoe::checkpoint

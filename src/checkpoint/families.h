@@ -1,0 +1,39 @@
+// Families: what a model_type says about its MoE layers, one row each.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "flow.h"
+
+namespace fourmoe::checkpoint {
+
+// Keys of config.json override a row's defaults where the row says so; the rest is how that family's code computes.
+struct Family {
+  std::string_view name;  // model_type, without a "_text" ending
+  Score score = Score::softmax;
+  bool renormalise = true;       // norm_topk_prob where the key is absent
+  bool renormalise_key = false;  // norm_topk_prob decides
+  i32 group_best = 2;            // sum of a group's best experts
+  f32 scale = 1.0f;              // routed_scaling_factor where the key is absent
+  ActivationKind activation = ActivationKind::swiglu;
+  bool activation_key = true;      // hidden_act (or its synonyms) decides
+  f32 alpha = 1.702f;              // of swiglu_clamped, where swiglu_alpha is absent
+  f32 beta = 1.0f;                 // of swiglu_clamped
+  bool weight_on_input = false;    // the routing weight multiplies the token
+  bool transposed = false;         // stacks are [E, in, out]; decides where shapes fit both ways
+  bool interleaved = false;        // gate and up alternate in fused stacks
+  bool gate_bias_selects = false;  // a bias of the router selects and does not weigh (DeepSeek's own names)
+};
+
+// All rows; the order has no meaning.
+std::span<const Family> families();
+
+// By model_type; null when unknown.
+const Family* find_family(std::string_view name);
+
+// "deepseek_v2, deepseek_v3, ...", for messages.
+std::string family_names();
+
+}  // namespace fourmoe::checkpoint

@@ -1,0 +1,133 @@
+#include "checkpoint/json.h"
+
+#include <fmt/format.h>
+
+#include <set>
+#include <vector>
+
+#include "checkpoint/mapped_file.h"
+#include "status.h"
+
+namespace fourmoe::checkpoint {
+namespace {
+
+using nlohmann::json;
+
+constexpr std::size_t kLargestText = std::size_t{64} << 20;
+constexpr int kDeepest = 64;
+
+[[noreturn]] void malformed(std::string_view file, const std::string& what) {
+  throw Error(Reason::file_malformed, fmt::format("{}: {}", file, what));
+}
+
+// Length of the Python constant that begins at `i`; 0 for none.
+std::size_t constant_at(std::string_view text, std::size_t i) {
+  for (const std::string_view constant : {"-Infinity", "Infinity", "NaN"}) {
+    if (text.compare(i, constant.size(), constant) == 0) return constant.size();
+  }
+  return 0;
+}
+
+// Python's constants outside strings become null.
+std::string replace_constants(std::string_view text) {
+  std::string out;
+  out.reserve(text.size());
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (const std::size_t length = in_string ? 0 : constant_at(text, i)) {
+      out += "null";
+      i += length - 1;
+      continue;
+    }
+    if (text[i] == '"') in_string = !in_string;
+    out += text[i];
+    if (in_string && text[i] == '\\' && i + 1 < text.size()) out += text[++i];
+  }
+  return out;
+}
+
+// Refuses depth and duplicate keys while the document is built.
+class Guard {
+ public:
+  explicit Guard(std::string_view file) : file_(file) {}
+
+  bool operator()(int depth, json::parse_event_t event, json& value) {
+    if (depth > kDeepest) malformed(file_, fmt::format("the JSON is nested deeper than {}", kDeepest));
+    if (event == json::parse_event_t::object_start) keys_.emplace_back();
+    if (event == json::parse_event_t::object_end) keys_.pop_back();
+    if (event == json::parse_event_t::key && !keys_.back().insert(value.get<std::string>()).second) {
+      malformed(file_, fmt::format("key {} occurs twice", quote(value.get_ref<const std::string&>())));
+    }
+    return true;
+  }
+
+ private:
+  std::string_view file_;
+  std::vector<std::set<std::string>> keys_;
+};
+
+}  // namespace
+
+json parse_json(std::string_view text, std::string_view file) {
+  if (text.size() > kLargestText) malformed(file, fmt::format("{} bytes are too large for a JSON file", text.size()));
+  try {
+    Guard guard(file);
+    const json::parser_callback_t callback = [&guard](int depth, json::parse_event_t event, json& value) {
+      return guard(depth, event, value);
+    };
+    json document = json::parse(replace_constants(text), callback);
+    if (!document.is_object()) malformed(file, "the JSON is not an object");
+    return document;
+  } catch (const json::exception& error) {
+    malformed(file, "not JSON: " + quote(error.what()));
+  }
+}
+
+bool Object::has(std::string_view key) const {
+  const auto place = json->find(key);
+  return place != json->end() && !place->is_null();
+}
+
+const json& Object::at(std::string_view key) const {
+  if (!has(key)) malformed(file, fmt::format("key \"{}\" is missing", key));
+  return *json->find(key);
+}
+
+i32 Object::integer(std::string_view key, i32 lowest, i32 highest) const {
+  const nlohmann::json& value = at(key);
+  // Python libraries write some counts as 8.0.
+  const bool whole = value.is_number_float() && value.get<f64>() == std::floor(value.get<f64>());
+  const f64 number = value.is_number() ? value.get<f64>() : 0.0;
+  if ((!value.is_number_integer() && !whole) || !(number >= lowest && number <= highest)) {
+    malformed(file, fmt::format("key \"{}\" must be an integer from {} to {}, not {}", key, lowest, highest,
+                                quote(value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace))));
+  }
+  return static_cast<i32>(number);
+}
+
+f32 Object::number(std::string_view key) const {
+  const nlohmann::json& value = at(key);
+  const f32 number = value.is_number() ? static_cast<f32>(value.get<f64>()) : std::nanf("");
+  if (!std::isfinite(number)) malformed(file, fmt::format("key \"{}\" must be a finite number", key));
+  return number;
+}
+
+bool Object::boolean(std::string_view key) const {
+  const nlohmann::json& value = at(key);
+  if (!value.is_boolean()) malformed(file, fmt::format("key \"{}\" must be true or false", key));
+  return value.get<bool>();
+}
+
+std::string Object::string(std::string_view key) const {
+  const nlohmann::json& value = at(key);
+  if (!value.is_string()) malformed(file, fmt::format("key \"{}\" must be a string", key));
+  return value.get<std::string>();
+}
+
+Object Object::object(std::string_view key) const {
+  const nlohmann::json& value = at(key);
+  if (!value.is_object()) malformed(file, fmt::format("key \"{}\" must be an object", key));
+  return {&value, file};
+}
+
+}  // namespace fourmoe::checkpoint

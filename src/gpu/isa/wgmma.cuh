@@ -1,0 +1,129 @@
+// wgmma: the warpgroup's matrix multiply, bf16 operands, f32 sums, A in registers.
+//
+// D[64, N] += A[64, 16] * B[16, N]. A: four bf16x2 registers a thread (backends/sm90/atom.h says which). B: K-major
+// rows of 64 values (128 bytes) in shared memory with the 128-byte swizzle. D: registers 4j + {0, 1} are row g, 4j +
+// {2, 3} row g + 8, columns 8j + 2t + {0, 1}, where g = lane / 4 within the warp's 16 rows and t = lane % 4 (PTX ISA,
+// wgmma).
+#pragma once
+
+#include "format/number.h"
+
+namespace fourmoe::gpu::isa {
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `kPending` committed groups are still at work.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Descriptor of rows of 128 swizzled bytes, 8 rows (1024 bytes) a group, at a shared address aligned to 1024. One K
+// step of 16 values is 32 bytes, that is + 2.
+__device__ __forceinline__ u64 swizzled_rows(u32 shared_address) {
+  return u64{shared_address >> 4 & 0x3fff} | u64{1} << 16 | u64{64} << 32 | u64{1} << 62;
+}
+
+template <int kColumns>
+struct Wgmma;
+
+// Operand lists of n accumulators from d[i] on.
+#define FOURMOE_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FOURMOE_D8(d, i) FOURMOE_D4(d, i), FOURMOE_D4(d, i + 4)
+#define FOURMOE_D16(d, i) FOURMOE_D8(d, i), FOURMOE_D8(d, i + 8)
+#define FOURMOE_D32(d, i) FOURMOE_D16(d, i), FOURMOE_D16(d, i + 16)
+#define FOURMOE_D64(d, i) FOURMOE_D32(d, i), FOURMOE_D32(d, i + 32)
+#define FOURMOE_D128(d, i) FOURMOE_D64(d, i), FOURMOE_D64(d, i + 64)
+
+template <>
+struct Wgmma<8> {
+  static __device__ __forceinline__ void multiply(f32 (&d)[4], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+        : FOURMOE_D4(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct Wgmma<16> {
+  static __device__ __forceinline__ void multiply(f32 (&d)[8], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+        : FOURMOE_D8(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct Wgmma<32> {
+  static __device__ __forceinline__ void multiply(f32 (&d)[16], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+        : FOURMOE_D16(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct Wgmma<64> {
+  static __device__ __forceinline__ void multiply(f32 (&d)[32], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+        : FOURMOE_D32(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct Wgmma<128> {
+  static __device__ __forceinline__ void multiply(f32 (&d)[64], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+        : FOURMOE_D64(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct Wgmma<256> {
+  static __device__ __forceinline__ void multiply(f32 (&d)[128], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "{%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
+        : FOURMOE_D128(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+#undef FOURMOE_D4
+#undef FOURMOE_D8
+#undef FOURMOE_D16
+#undef FOURMOE_D32
+#undef FOURMOE_D64
+#undef FOURMOE_D128
+
+}  // namespace fourmoe::gpu::isa

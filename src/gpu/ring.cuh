@@ -1,0 +1,47 @@
+// ring: staged shared memory between a loader and its consumers.
+//
+// Stage s is full when its bytes have arrived and empty when every consuming warp has let go of it. Loader and
+// consumers walk the ring with a cursor each, in the same order, and never meet otherwise. Waits end: a stage that does
+// not change for kWaitCycles is a fault and traps.
+#pragma once
+
+#include "gpu/isa/bulk.cuh"
+
+namespace fourmoe::gpu {
+
+inline constexpr i64 kWaitCycles = 4'000'000'000;  // about 2 s; a whole layer takes milliseconds
+
+__device__ __forceinline__ void wait(u64* barrier, u32 parity) {
+  if (isa::barrier_try(barrier, parity)) return;
+  const i64 begin = clock64();
+  while (!isa::barrier_try(barrier, parity)) {
+    if (clock64() - begin > kWaitCycles) __trap();
+  }
+}
+
+template <int kStages>
+struct Ring {
+  u64 full[kStages];
+  u64 empty[kStages];
+
+  // One thread, before the block's first sync.
+  __device__ void init(u32 consuming_warps) {
+    for (int s = 0; s < kStages; ++s) {
+      isa::barrier_init(&full[s], 1);
+      isa::barrier_init(&empty[s], consuming_warps);
+    }
+    isa::barrier_fence_init();
+  }
+};
+
+template <int kStages>
+struct Cursor {
+  int stage = 0;
+  u32 lap = 0;  // parity of the times that the ring has been walked
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, lap ^= 1;
+  }
+};
+
+}  // namespace fourmoe::gpu

@@ -1,0 +1,140 @@
+// fourmoe explain: which steps accept a layer on this machine, and what the planner makes of it.
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "checkpoint/checkpoint.h"
+#include "command.h"
+#include "describe.h"
+#include "machine.h"
+#include "plan.h"
+#include "quantity.h"
+#include "table.h"
+
+namespace fourmoe::tools {
+namespace {
+
+struct Options {
+  std::string path;
+  std::string shape;
+  int layer = -1;
+  int tokens = 1024;
+  std::string backend = "auto";
+  std::string precision = "w4a16";
+  bool json = false;
+};
+
+// Problem of the layer that was named, or of the first; *what says which.
+Problem read_problem(const Options& options, std::string* what) {
+  if (!options.shape.empty()) {
+    *what = options.shape;
+    return parse_shape(options.shape);
+  }
+  const checkpoint::Info info = checkpoint::Checkpoint::open(options.path).inspect();
+  std::string known;
+  for (const checkpoint::LayerInfo& layer : info.layers) {
+    known += fmt::format("{}{}", known.empty() ? "" : ", ", layer.index);
+    if (options.layer >= 0 && layer.index != options.layer) continue;
+    *what = fmt::format("{}, layer {}", info.path, layer.index);
+    return layer.problem;
+  }
+  throw Error(Reason::layer_missing, options.layer < 0 ? fmt::format("{} has no MoE layers", info.path)
+                                                       : fmt::format("{} has no MoE layer {}; it has {}", info.path,
+                                                                     options.layer, known.empty() ? "none" : known));
+}
+
+std::string verdict_words(const plan::Candidate& candidate) {
+  if (candidate.chosen) return "chosen";
+  return candidate.verdict.accepted() ? "accepts" : std::string(reason_name(candidate.verdict.reason));
+}
+
+std::string detail_words(const plan::Candidate& candidate, const Problem& problem) {
+  if (!candidate.verdict.accepted()) return candidate.verdict.detail;
+  return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, machine());
+}
+
+void print_text(const std::string& what, const plan::Plan& plan, const Status& status) {
+  const Problem& p = plan.problem;
+  Facts facts;
+  facts.add("machine", machine_words(machine()));
+  facts.add("layer", what);
+  facts.add("problem", fmt::format("{}, {}, {}, {}", shape_words(p), activation_words(p.activation),
+                                   format::encoding_name(p.encoding), precision_name(p.precision)));
+  facts.add("routing", routing_words(p.routing));
+  facts.add("tokens", fmt::format("up to {}", p.max_tokens));
+  if (status.ok()) {
+    facts.add("plan", steps_words(plan));
+    facts.add("workspace", bytes_text(plan.workspace_bytes));
+  } else {
+    facts.add("plan", "none");
+  }
+  fmt::print("{}\n", facts.text());
+  Table table({"step", "stages", "verdict", "detail"});
+  for (const plan::Candidate& c : plan.candidates) {
+    table.add({step_words(*c.step), span_words(c.step->span), verdict_words(c), detail_words(c, p)});
+  }
+  fmt::print("{}", table.text());
+}
+
+Json plan_json(const std::string& what, const plan::Plan& plan, const Status& status) {
+  Json steps = Json::array();
+  for (const plan::Candidate& c : plan.candidates) {
+    steps.push_back({{"step", step_words(*c.step)},
+                     {"stages", span_words(c.step->span)},
+                     {"accepted", c.verdict.accepted()},
+                     {"chosen", c.chosen},
+                     {"reason", reason_name(c.verdict.reason)},
+                     {"detail", detail_words(c, plan.problem)}});
+  }
+  Json json = {{"machine", machine_json(machine())},
+               {"layer", what},
+               {"problem", problem_json(plan.problem)},
+               {"steps", steps},
+               {"plan", nullptr},
+               {"workspace_bytes", nullptr}};
+  if (status.ok()) {
+    json["plan"] = steps_json(plan);
+    json["workspace_bytes"] = plan.workspace_bytes;
+  }
+  return json;
+}
+
+int run(const Options& options) {
+  if (options.path.empty() == options.shape.empty()) {
+    throw CLI::ValidationError("give either PATH or --shape");
+  }
+  std::string what;
+  Problem problem = read_problem(options, &what);
+  problem.precision = parse_precision(options.precision);
+  problem.max_tokens = options.tokens;
+  plan::Plan plan;
+  const Status status = plan::make(problem, machine(), {options.backend, {}}, &plan);
+  if (options.json) print_json(plan_json(what, plan, status));
+  else print_text(what, plan, status);
+  std::fflush(stdout);
+  throw_unless_ok(status);
+  return kSuccess;
+}
+
+}  // namespace
+
+Command add_explain(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* sub = app.add_subcommand("explain", "say which steps accept a layer on this machine, and the plan");
+  CLI::Option* path = sub->add_option("path", options->path, "checkpoint")->type_name("PATH");
+  add_shape(sub, &options->shape)->excludes(path);
+  sub->add_option("--layer", options->layer, "layer of the checkpoint; the first MoE layer if not given")
+      ->check(CLI::NonNegativeNumber);
+  sub->add_option("--tokens", options->tokens, "most tokens of one call; sizes the workspace")
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  add_backend(sub, &options->backend);
+  add_precision(sub, &options->precision);
+  sub->add_flag("--json", options->json, "print one JSON object");
+  sub->footer(
+      "Examples:\n  fourmoe explain examples/tiny-moe/nvfp4 --tokens 16\n"
+      "  fourmoe explain --shape dsv3 --precision w4a4\n  fourmoe explain --shape 2880,2880,128,4 --json");
+  return {sub, [options] { return run(*options); }};
+}
+
+}  // namespace fourmoe::tools
