@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "format/number.h"
+
 namespace fourmoe::tools {
 
 struct Command {
@@ -29,10 +31,14 @@ Command add_support(CLI::App& app);
 // "auto" and the rooms of backends/list.cc, for --backend.
 std::vector<std::string> backend_names();
 
+// Refuses what is not a number from `least` to `most`, in one readable line.
+CLI::Validator within(f64 least, f64 most);
+
 // Options that several commands have, with the same words and checks everywhere.
 void add_backend(CLI::App* app, std::string* backend);
 void add_precision(CLI::App* app, std::string* precision);
 void add_threads(CLI::App* app, int* threads);
+CLI::Option* add_layer(CLI::App* app, int* layer, const std::string& description);
 CLI::Option* add_shape(CLI::App* app, std::string* shape);
 
 }  // namespace fourmoe::tools

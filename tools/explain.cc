@@ -123,10 +123,9 @@ Command add_explain(CLI::App& app) {
   CLI::App* sub = app.add_subcommand("explain", "say which steps accept a layer on this machine, and the plan");
   CLI::Option* path = sub->add_option("path", options->path, "checkpoint")->type_name("PATH");
   add_shape(sub, &options->shape)->excludes(path);
-  sub->add_option("--layer", options->layer, "layer of the checkpoint; the first MoE layer if not given")
-      ->check(CLI::NonNegativeNumber);
+  add_layer(sub, &options->layer, "layer of the checkpoint; the first MoE layer if not given");
   sub->add_option("--tokens", options->tokens, "most tokens of one call; sizes the workspace")
-      ->check(CLI::Range(0, 1 << 24))
+      ->check(within(0, 1 << 24))
       ->capture_default_str();
   add_backend(sub, &options->backend);
   add_precision(sub, &options->precision);

@@ -36,10 +36,10 @@ std::string oddity_words(const LayerInfo& layer) {
   if (odd.inputs_missing > 0) add(fmt::format("{} input scales missing", odd.inputs_missing));
   if (odd.inputs_zero > 0) add(fmt::format("{} input scales zero", odd.inputs_zero));
   if (!layer.router) add("no router");
-  return words.empty() ? "-" : words;
+  return words;
 }
 
-// "0-3, 5": layers that look alike are one row.
+// "0-3,5": layers that look alike are one row.
 std::string range_words(const std::vector<i32>& layers) {
   std::string words;
   for (std::size_t i = 0; i < layers.size();) {
@@ -63,22 +63,30 @@ std::vector<std::string> cells(const LayerInfo& layer) {
           activation_words(p.activation) + (layer.biases ? ", biases" : ""),
           routing_words(p.routing),
           shared_words(layer),
-          bytes_text(layer.bytes),
-          oddity_words(layer)};
+          bytes_text(layer.bytes)};
+}
+
+// Runs of layers for which `words` says the same.
+template <class Words>
+std::vector<std::pair<Words, std::string>> group(const Info& info, Words (*words)(const LayerInfo&)) {
+  std::vector<std::pair<Words, std::vector<i32>>> groups;
+  for (const LayerInfo& layer : info.layers) {
+    Words said = words(layer);
+    if (groups.empty() || groups.back().first != said) groups.push_back({std::move(said), {}});
+    groups.back().second.push_back(layer.index);
+  }
+  std::vector<std::pair<Words, std::string>> named;
+  for (auto& [said, layers] : groups) named.emplace_back(std::move(said), range_words(layers));
+  return named;
 }
 
 Table tabulate(const Info& info) {
   Table table({"layers", ">hidden", ">inter", ">experts", ">top-k", "weights", "layout", "activation", "routing",
-               "shared", ">bytes a layer", "oddities"});
-  std::vector<std::pair<std::vector<std::string>, std::vector<i32>>> groups;
-  for (const LayerInfo& layer : info.layers) {
-    const std::vector<std::string> row = cells(layer);
-    if (groups.empty() || groups.back().first != row) groups.push_back({row, {}});
-    groups.back().second.push_back(layer.index);
-  }
-  for (auto& [row, layers] : groups) {
-    row.insert(row.begin(), range_words(layers));
-    table.add(row);
+               "shared", ">bytes a layer"});
+  for (auto& [row, layers] : group(info, cells)) {
+    std::vector<std::string> line = row;
+    line.insert(line.begin(), layers);
+    table.add(line);
   }
   return table;
 }
@@ -97,6 +105,11 @@ void print_text(const Info& info) {
                                    info.layers.size() == 1 ? "" : "s"));
   fmt::print("{}", facts.text());
   if (!info.layers.empty()) fmt::print("\n{}", tabulate(info).text());
+  Facts odd;
+  for (const auto& [words, layers] : group(info, oddity_words)) {
+    if (!words.empty()) odd.add(fmt::format("layers {}", layers), words);
+  }
+  if (!odd.text().empty()) fmt::print("\noddities\n{}", odd.text());
 }
 
 Json layer_json(const LayerInfo& layer) {

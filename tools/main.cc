@@ -23,22 +23,44 @@ std::vector<std::string> backend_names() {
   return names;
 }
 
+namespace {
+
+// The words as the option's type: "auto|cpu|reference".
+CLI::Option* one_of(CLI::Option* option, const std::vector<std::string>& words) {
+  std::string type;
+  for (const std::string& word : words) type += (type.empty() ? "" : "|") + word;
+  return option->check(CLI::IsMember(words).description(""))->type_name(type)->capture_default_str();
+}
+
+}  // namespace
+
+CLI::Validator within(f64 least, f64 most) {
+  const auto check = [least, most](const std::string& text) -> std::string {
+    f64 value = 0.0;
+    if (CLI::detail::lexical_cast(text, value) && value >= least && value <= most) return "";
+    return fmt::format("'{}' is not a number from {:.10g} to {:.10g}", text, least, most);
+  };
+  return CLI::Validator(check, "");
+}
+
 void add_backend(CLI::App* app, std::string* backend) {
-  app->add_option("--backend", *backend, "which room computes")
-      ->check(CLI::IsMember(backend_names()))
-      ->capture_default_str();
+  one_of(app->add_option("--backend", *backend, "which room computes"), backend_names());
 }
 
 void add_precision(CLI::App* app, std::string* precision) {
-  app->add_option("--precision", *precision, "w4a16: activations stay 16-bit; w4a4: they are quantised to NVFP4")
-      ->check(CLI::IsMember({"w4a16", "w4a4"}))
-      ->capture_default_str();
+  one_of(app->add_option("--precision", *precision, "activations of 16 bits, or quantised to NVFP4 too"),
+         {"w4a16", "w4a4"});
 }
 
 void add_threads(CLI::App* app, int* threads) {
-  app->add_option("--threads", *threads, "threads to use; 0 for all that the machine offers")
-      ->check(CLI::Range(0, 1024))
+  app->add_option("--threads", *threads, "threads to use; 0: all that the machine offers")
+      ->check(within(0, 1024))
+      ->type_name("N")
       ->capture_default_str();
+}
+
+CLI::Option* add_layer(CLI::App* app, int* layer, const std::string& description) {
+  return app->add_option("--layer", *layer, description)->check(within(0, 1 << 20))->type_name("N");
 }
 
 CLI::Option* add_shape(CLI::App* app, std::string* shape) {
@@ -63,13 +85,19 @@ int report(std::string_view reason, std::string line) {
   return kFailure;
 }
 
-int report_usage(const CLI::App& app, const CLI::ParseError& error) {
+int report_usage(const CLI::App& app, std::string line) {
   std::string command = "fourmoe";
   for (const CLI::App* used : app.get_subcommands()) command += " " + used->get_name();
-  std::string line = error.what();
   std::replace(line.begin(), line.end(), '\n', ' ');
   fmt::print(stderr, "fourmoe: {}; see {} --help\n", line, command);
   return kUsage;
+}
+
+// The word in the place of the command when there is no such command; null when all is well.
+const char* find_unknown_command(const CLI::App& app, int argc, char** argv) {
+  if (argc < 2 || argv[1][0] == '-') return nullptr;
+  const auto named = [&](const CLI::App* sub) { return sub->get_name() == argv[1]; };
+  return app.get_subcommands(named).empty() ? argv[1] : nullptr;
 }
 
 int run(const std::vector<Command>& commands) {
@@ -84,12 +112,11 @@ int run(const std::vector<Command>& commands) {
   return kUsage;
 }
 
-int guard(const std::vector<Command>& commands) {
+int guard(const CLI::App& app, const std::vector<Command>& commands) {
   try {
     return run(commands);
   } catch (const CLI::ParseError& error) {  // options that contradict each other
-    fmt::print(stderr, "fourmoe: {}; see fourmoe --help\n", error.what());
-    return kUsage;
+    return report_usage(app, error.what());
   } catch (const Interrupted&) {
     return report("interrupted", "stopped; nothing was written");
   } catch (const Error& error) {
@@ -112,13 +139,16 @@ int main(int argc, char** argv) {
   app.get_formatter()->column_width(34);
   const std::vector<Command> commands = {add_inspect(app), add_run(app),   add_quantize(app), add_verify(app),
                                          add_explain(app), add_bench(app), add_support(app)};
+  if (const char* word = find_unknown_command(app, argc, argv)) {
+    return report_usage(app, fmt::format("there is no command '{}'", word));
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& asked) {  // --help and --version
     return app.exit(asked);
   } catch (const CLI::ParseError& error) {
-    return report_usage(app, error);
+    return report_usage(app, error.what());
   }
   watch_for_interrupts();
-  return guard(commands);
+  return guard(app, commands);
 }

@@ -80,7 +80,8 @@ Command add_quantize(CLI::App& app) {
   sub->add_option("in", options->in, "folder with config.json and safetensors files")->required()->type_name("IN");
   sub->add_option("--output", options->out, "folder to write")->required()->type_name("OUT");
   sub->add_option("--format", options->format, "form of the output")
-      ->check(CLI::IsMember({"nvfp4"}))
+      ->type_name("nvfp4")
+      ->check(CLI::IsMember({"nvfp4"}).description(""))
       ->capture_default_str();
   sub->add_flag("--experts-only", options->experts_only,
                 "quantise the routed experts alone; without it attention, shared experts and dense layers too");

@@ -373,27 +373,26 @@ Command add_run(CLI::App& app) {
   sub->add_option("path", options->path, "checkpoint folder, .safetensors or .gguf file")
       ->required()
       ->type_name("PATH");
-  sub->add_option("--layer", options->layer, "number of the layer in the model")
-      ->required()
-      ->check(CLI::NonNegativeNumber);
-  sub->add_option("--input", options->input,
-                  "safetensors file with hidden_states [T, H]; and router_logits [T, E], or topk_ids and topk_weights "
-                  "[T, k], or neither: then the checkpoint's router picks")
+  add_layer(sub, &options->layer, "number of the layer in the model")->required();
+  sub->add_option("--input", options->input, "file with hidden_states and, if wanted, routing (see below)")
       ->required()
       ->type_name("X.safetensors");
-  sub->add_option("--output", options->output, "safetensors file to write: output [T, H] in the input's dtype")
+  sub->add_option("--output", options->output, "file to write: output [T, H], in the dtype of hidden_states")
       ->required()
       ->type_name("Y.safetensors");
   sub->add_flag("--picks", options->picks, "write topk_ids and topk_weights too");
   add_backend(sub, &options->backend);
   add_precision(sub, &options->precision);
   add_threads(sub, &options->threads);
-  sub->add_option("--check", options->check,
-                  "compare this many tokens with the reference; by default as many as it computes in seconds")
-      ->check(CLI::NonNegativeNumber);
+  sub->add_option("--check", options->check, "compare N tokens with the reference; by default what takes it seconds")
+      ->check(within(0, 1 << 30))
+      ->type_name("N");
   sub->add_flag("--json", options->json, "print one JSON object");
   sub->footer(
-      "Example:\n  fourmoe run examples/tiny-moe/nvfp4 --layer 0 --input x.safetensors --output y.safetensors --picks");
+      "X holds hidden_states [T, H] (bf16, f16 or f32) and one of: router_logits [T, E]; topk_ids with topk_weights\n"
+      "[T, k], where the id -1 is no pick; neither: then the checkpoint's own router picks.\n\n"
+      "Example:\n"
+      "  fourmoe run examples/tiny-moe/nvfp4 --layer 0 --input x.safetensors --output y.safetensors --picks");
   return {sub, [options] { return run(*options); }};
 }
 

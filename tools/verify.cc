@@ -310,8 +310,7 @@ Command add_verify(CLI::App& app) {
   sub->add_option("path", options->path, "checkpoint folder, .safetensors or .gguf file")
       ->required()
       ->type_name("PATH");
-  sub->add_option("--layer", options->layer, "this layer alone; all MoE layers if not given")
-      ->check(CLI::NonNegativeNumber);
+  add_layer(sub, &options->layer, "this layer alone; all MoE layers if not given");
   add_backend(sub, &options->backend);
   add_threads(sub, &options->threads);
   sub->add_flag("--json", options->json, "print one JSON object, with every input");
