@@ -78,8 +78,8 @@ class Stages {
     begin.resize(problem.local_experts + 1);
     slot_pick.resize(picks);
     pick_slot.resize(picks);
-    codes.resize(s.tokens * problem.hidden / 2);
-    scales.resize(s.tokens * problem.hidden / 16);
+    codes.resize(picks * problem.hidden / 2);
+    scales.resize(picks * problem.hidden / 16);
     rows.resize(slots * problem.inter);
     inter_codes.resize(slots * problem.inter / 2);
     inter_scales.resize(slots * problem.inter / 16);
@@ -157,7 +157,7 @@ class Stages {
     const LayerCall view = call.view(&unused, Dtype::f32);
     args.problem = &problem;
     args.executor = &tbb_executor(2);
-    args.weights = {layer.experts, layer.input_scale};
+    args.weights = {layer.experts};
     args.tokens = spec.tokens;
     args.hidden = view.hidden;
     args.picks.ids = view.ids;

@@ -148,9 +148,9 @@ TEST(Packed, RowsBeyondTheMatrixAreZero) {
 TEST(Packed, Ue5m3HoldsEveryE4m3Magnitude) {
   for (i32 byte = 0; byte < 127; ++byte) {
     const u8 e4m3 = static_cast<u8>(byte);
-    const u8 ue5m3 = to_ue5m3(e4m3);
+    const u8 ue5m3 = format::to_ue5m3(e4m3);
     EXPECT_EQ(std::bit_cast<f32>(u32{ue5m3} << 20) * 0x1p112f, format::from_e4m3(e4m3)) << byte;
-    EXPECT_EQ(from_ue5m3(ue5m3), e4m3);
+    EXPECT_EQ(format::from_ue5m3(ue5m3), e4m3);
     EXPECT_TRUE(ue5m3 == 0 || ue5m3 >= 8) << "a subnormal: " << byte;
   }
 }
