@@ -176,6 +176,7 @@ weights::Expert convert_expert(const Problem& p, i64 index, const fourmoe_expert
   expert.gate_bias = given.gate_bias;
   expert.up_bias = given.up_bias;
   expert.down_bias = given.down_bias;
+  expert.input_scale = scale_or_one("input_scale", given.input_scale);
   expert.inter_scale = scale_or_one("inter_scale", given.inter_scale);
   return expert;
 }
@@ -187,7 +188,6 @@ checkpoint::Layer convert(const fourmoe_layer_desc& desc) {
   for (i32 e = 0; e < layer.problem.local_experts; ++e) {
     layer.experts.push_back(convert_expert(layer.problem, e, desc.expert_table[e]));
   }
-  layer.input_scale = scale_or_one("input_scale", desc.input_scale);
   if (desc.selection_bias != nullptr) {
     layer.selection_bias.assign(desc.selection_bias, desc.selection_bias + layer.problem.experts);
   }

@@ -1,11 +1,14 @@
 #include "executor.h"
 
+#include <oneapi/tbb/global_control.h>
+#include <oneapi/tbb/info.h>
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
 
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 namespace fourmoe {
 namespace {
@@ -13,6 +16,10 @@ namespace {
 class TbbExecutor final : public Executor {
  public:
   explicit TbbExecutor(i32 threads) : arena_(threads > 0 ? threads : tbb::task_arena::automatic) {
+    // oneTBB's pool ends at the machine's cores unless told otherwise, and says so on stderr.
+    if (threads > tbb::info::default_concurrency()) {
+      more_threads_.emplace(tbb::global_control::max_allowed_parallelism, threads);
+    }
     arena_.initialize();
   }
 
@@ -31,6 +38,7 @@ class TbbExecutor final : public Executor {
   }
 
  private:
+  std::optional<tbb::global_control> more_threads_;
   tbb::task_arena arena_;
 };
 

@@ -159,7 +159,7 @@ Status run_shared(const checkpoint::Layer::Shared& shared, const plan::Plan& pla
   pick_shared(shared, hidden, executor, pass);
   Args args;
   args.executor = &executor;
-  args.weights = {std::span(&shared.expert, 1), shared.input_scale};
+  args.weights = {std::span(&shared.expert, 1)};
   args.tokens = static_cast<i32>(hidden.rows);
   args.hidden = hidden;
   args.picks.ids = view(pass.shared_ids, Dtype::i32, hidden.rows, 1);
@@ -207,7 +207,7 @@ Status Layer::Impl::run_pass(const LayerCall& call, i64 begin, i64 count, const 
   const Problem& problem = plans.routed.problem;
   Args args;
   args.executor = executor;
-  args.weights = {weights.experts, weights.input_scale};
+  args.weights = {weights.experts};
   args.tokens = static_cast<i32>(count);
   args.hidden = slice(call.hidden, begin, count);
   args.picks.logits = slice(call.logits, begin, count);

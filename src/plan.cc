@@ -27,8 +27,8 @@ std::byte* lay_out(const Plan& plan, Carver* carver, Args* args, i64 scratch_byt
   args->slots.slot_pick = carver->take<i32>(picks);
   args->slots.pick_slot = carver->take<i32>(picks);
   if (quantised && ends_at(plan, Stage::route)) {
-    args->slots.codes = carver->take<u8>(i64{p.max_tokens} * p.hidden / 2);
-    args->slots.scales = carver->take<u8>(i64{p.max_tokens} * p.hidden / format::kNvfp4Block);
+    args->slots.codes = carver->take<u8>(picks * p.hidden / 2);
+    args->slots.scales = carver->take<u8>(picks * p.hidden / format::kNvfp4Block);
   }
   if (ends_at(plan, Stage::gemm1) && quantised) {
     args->inter.codes = carver->take<u8>(picks * p.inter / 2);

@@ -90,6 +90,7 @@ weights::Expert random_expert(const Problem& p, bool biases, Random* random, Mem
     expert.down_bias = random_bias(p.hidden, random, memory);
     if (p.activation.gated()) expert.gate_bias = random_bias(p.inter, random, memory);
   }
+  expert.input_scale = factor(*random) * 4.0f / format::kNvfp4Max;
   expert.inter_scale = factor(*random) * 4.0f / format::kNvfp4Max;
   return expert;
 }
@@ -124,7 +125,6 @@ checkpoint::Layer random_layer(const Problem& p, u64 seed, bool biases) {
   for (i32 e = 0; e < p.local_experts; ++e) {
     layer.experts.push_back(random_expert(p, biases, &random, memory.get()));
   }
-  layer.input_scale = 5.0f / format::kNvfp4Max;
   layer.owner = memory;
   return layer;
 }

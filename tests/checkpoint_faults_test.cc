@@ -247,7 +247,7 @@ TEST(CheckpointFaults, a_good_one_is_accepted) {
   EXPECT_EQ(layer.experts.size(), 4u);
   EXPECT_TRUE(layer.notes.empty());
   EXPECT_EQ(layer.experts[3].down.global, 0.5f);
-  EXPECT_EQ(layer.input_scale, 0.25f);
+  EXPECT_EQ(layer.experts[3].input_scale, 0.25f);
   EXPECT_TRUE(layer.problem.routing.renormalise);
 }
 

@@ -20,7 +20,7 @@ TIERS = ("words", "contracts", "gpu", "bodies", "rooms", "plan", "faces")
 WORDS = {"flow", "status", "machine", "executor", "workspace"}
 CONTRACTS = {"args.h", "weights/expert_table.h", "weights/quantise.h", "parallel/parallel.h", "parallel/arena.h"}
 PLAN = {"plan", "tune", "layer"}
-SAME_TIER_OPEN = ("words", "contracts", "plan", "faces")  # elsewhere a file sees lower tiers and its own folder
+SAME_TIER_OPEN = ("gpu", "words", "contracts", "plan", "faces")  # elsewhere a file sees lower tiers and its own folder
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.M)
 ASSEMBLY = re.compile(r"\b(?:asm|__asm|__asm__)\s*(?:\(|volatile\b|__volatile__\b|goto\b|inline\b)")

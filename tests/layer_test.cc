@@ -265,7 +265,6 @@ TEST_P(EveryRoom, SharedExpertsAreAdded) {
   shared.shared->problem = cases::problem(s.problem.hidden, s.problem.inter, 1, 1);
   shared.shared->problem.routing.score = Score::none;
   shared.shared->expert = routed.experts.back();
-  shared.shared->input_scale = routed.input_scale;
 
   const cases::Call call(s);
   cases::Call extra(with_extra);
@@ -346,7 +345,12 @@ const Mutant kMutants[] = {
      [](checkpoint::Layer* l, cases::Call*) {
        each(l, [](weights::Expert* e) { e->down.global = 1 / e->down.global; });
      }},
-    {"input_scale_dropped", Precision::w4a4, [](checkpoint::Layer* l, cases::Call*) { l->input_scale = 1.0f; }},
+    {"input_scale_dropped", Precision::w4a4,
+     [](checkpoint::Layer* l, cases::Call*) { each(l, [](weights::Expert* e) { e->input_scale = 1.0f; }); }},
+    {"input_scale_shared_by_all_experts", Precision::w4a4,
+     [](checkpoint::Layer* l, cases::Call*) {
+       for (weights::Expert& e : l->experts) e.input_scale = l->experts[0].input_scale;
+     }},
     {"intermediate_scale_dropped", Precision::w4a4,
      [](checkpoint::Layer* l, cases::Call*) { each(l, [](weights::Expert* e) { e->inter_scale = 1.0f; }); }},
     {"one_expert_wrong", Precision::w4a16,

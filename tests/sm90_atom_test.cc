@@ -1,10 +1,9 @@
 // The Hopper atom's layout, on the host: every code and scale byte arrives where the tensor core expects it.
-#include "backends/sm90/atom.h"
-
 #include <gtest/gtest.h>
 
 #include <random>
 
+#include "backends/sm90/atom.h"
 #include "format/nvfp4.h"
 
 namespace fourmoe::sm90 {

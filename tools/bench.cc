@@ -88,10 +88,10 @@ checkpoint::Layer random_weights(const Problem& p, const std::shared_ptr<Pool>& 
     if (p.activation.gated()) expert.gate = window(*pool, p, p.inter, p.hidden, &random);
     expert.up = window(*pool, p, p.inter, p.hidden, &random);
     expert.down = window(*pool, p, p.hidden, p.inter, &random);
+    expert.input_scale = 5.0f / format::kNvfp4Max;
     expert.inter_scale = 4.0f / format::kNvfp4Max;
     layer.experts.push_back(expert);
   }
-  layer.input_scale = 5.0f / format::kNvfp4Max;
   layer.owner = pool;
   return layer;
 }

@@ -186,7 +186,6 @@ checkpoint::Layer shared_layer(const checkpoint::Layer& layer) {
   checkpoint::Layer shared;
   shared.problem = layer.shared->problem;
   shared.experts = {layer.shared->expert};
-  shared.input_scale = layer.shared->input_scale;
   shared.owner = layer.owner;
   return shared;
 }

@@ -93,8 +93,8 @@ typedef struct fourmoe_expert {
   const float* gate_bias; /* [inter]; null for none */
   const float* up_bias;   /* [inter]; null for none */
   const float* down_bias; /* [hidden]; null for none */
+  float input_scale;      /* w4a4: global scale of the tokens, a multiplier; 0 means 1 */
   float inter_scale;      /* w4a4: global scale of the intermediate, a multiplier; 0 means 1 */
-  int32_t unused;         /* 0 */
 } fourmoe_expert;
 
 /* A layer given tensor by tensor. Everything that it points to must outlive the layer. */
@@ -118,7 +118,6 @@ typedef struct fourmoe_layer_desc {
   int32_t weight_on_input;            /* 0 or 1 (needs top_k 1) */
   const float* selection_bias;        /* [experts]; null for none */
   const fourmoe_expert* expert_table; /* [local_experts] */
-  float input_scale;                  /* w4a4: global scale of the tokens, a multiplier; 0 means 1 */
 } fourmoe_layer_desc;
 
 /* A thread pool of the host program. run() must call task(task_context, i) once for each i in [0, count), on any

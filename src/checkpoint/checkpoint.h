@@ -62,7 +62,6 @@ struct Info {
 struct Layer {
   Problem problem;                       // precision w4a16, all experts local, max_tokens 0
   std::vector<weights::Expert> experts;  // [experts], without packed blobs
-  f32 input_scale = 1.0f;                // w4a4: the largest valid input scale of all gate and up projections
 
   format::Matrix router;            // [experts, hidden] dense; empty when the checkpoint has none
   std::vector<f32> router_bias;     // [experts] added to logits; empty for none
@@ -71,7 +70,6 @@ struct Layer {
   struct Shared {
     Problem problem;  // experts 1, top_k 1, score none
     weights::Expert expert;
-    f32 input_scale = 1.0f;
     format::Matrix gate;  // [1, hidden] dense: weight is its sigmoid; empty: weight 1
   };
   std::optional<Shared> shared;

@@ -283,13 +283,12 @@ class GgufSource final : public LayerSource {
     return out;
   }
 
-  std::vector<weights::Expert> load_all(const Stacks& stacks, Executor& executor, Owned* owned, f32* input_scale,
+  std::vector<weights::Expert> load_all(const Stacks& stacks, Executor& executor, Owned* owned,
                                         std::vector<std::string>* notes) const {
     const Encoding encoding = check_stacks(stacks);
     const LayerScales scales = read_scales(stacks);
     check_globals(scales);
-    const InputScales inputs = resolve_inputs(scales);
-    *input_scale = inputs.layer;
+    const std::vector<InputScales> inputs = resolve_inputs(scales);
     std::vector<weights::Expert> out(scales.experts.size());
     run_all(executor, static_cast<i64>(out.size()), [&](i64 index) {
       const std::size_t e = static_cast<std::size_t>(index);
@@ -301,7 +300,8 @@ class GgufSource final : public LayerSource {
         *biases[p] = read_bias(stacks[p], index, owned);
         if (scales.experts[e][p].global.present) matrices[p]->global = scales.experts[e][p].global.value;
       }
-      out[e].inter_scale = inputs.down[e];
+      out[e].input_scale = inputs[e].tokens;
+      out[e].inter_scale = inputs[e].inter;
     });
     if (notes != nullptr && encoding == Encoding::nvfp4) {
       *notes = describe(find_oddities(scales), static_cast<i32>(out.size()), scales.gated);
@@ -313,7 +313,7 @@ class GgufSource final : public LayerSource {
     const Stacks stacks = find_stacks(layer);
     out->problem = make_problem(config_, check_stacks(stacks));
     check_sizes(layer, out->problem);
-    out->experts = load_all(stacks, executor, owned, &out->input_scale, &out->notes);
+    out->experts = load_all(stacks, executor, owned, &out->notes);
   }
 
   void check_sizes(i32 layer, const Problem& problem) const {
@@ -356,7 +356,7 @@ class GgufSource final : public LayerSource {
     Layer::Shared shared;
     shared.problem = make_shared_problem(config_, check_stacks(stacks), stacks[1].rows);
     check_sizes(layer, shared.problem);
-    shared.expert = load_all(stacks, executor, owned, &shared.input_scale, nullptr).at(0);
+    shared.expert = load_all(stacks, executor, owned, nullptr).at(0);
     const Entry gate = find(layer, "ffn_gate_inp_shexp.weight");
     if (gate != nullptr) shared.gate = view_dense(gate, 1, config_.hidden);
     out->shared = std::move(shared);

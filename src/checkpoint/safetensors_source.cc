@@ -75,12 +75,13 @@ void load_expert(const ExpertSources& sources, const Geometry& geometry, Encodin
   }
 }
 
-void set_scales(const std::array<ProjectionScales, 3>& scales, f32 inter_scale, weights::Expert* out) {
+void set_scales(const std::array<ProjectionScales, 3>& scales, const InputScales& inputs, weights::Expert* out) {
   const std::array<format::Matrix*, 3> matrices = {&out->gate, &out->up, &out->down};
   for (std::size_t p = 0; p < 3; ++p) {
     if (scales[p].global.present) matrices[p]->global = scales[p].global.value;
   }
-  out->inter_scale = inter_scale;
+  out->input_scale = inputs.tokens;
+  out->inter_scale = inputs.inter;
 }
 
 LayerScales read_layer_scales(const LayerTensors& layer, const Geometry& geometry) {
@@ -216,14 +217,13 @@ class SafetensorsSource final : public LayerSource {
     out->problem = make_problem(folder_.config, encoding);
     const LayerScales scales = read_layer_scales(layer, geometry);
     check_globals(scales);
-    const InputScales inputs = resolve_inputs(scales);
-    out->input_scale = inputs.layer;
+    const std::vector<InputScales> inputs = resolve_inputs(scales);
     out->experts.resize(static_cast<std::size_t>(geometry.experts));
     run_all(executor, geometry.experts, [&](i64 index) {
       const std::size_t e = static_cast<std::size_t>(index);
       const ExpertSources sources = find_sources(layer, geometry, static_cast<i32>(index));
       load_expert(sources, geometry, encoding, fmt::format("expert {}", index), owned, &out->experts[e]);
-      set_scales(scales.experts[e], inputs.down[e], &out->experts[e]);
+      set_scales(scales.experts[e], inputs[e], &out->experts[e]);
     });
     if (encoding == Encoding::nvfp4) {
       out->notes = describe(find_oddities(scales), geometry.experts, geometry.gated);
@@ -254,9 +254,7 @@ class SafetensorsSource final : public LayerSource {
       if (sources[p].parts != nullptr) scales.experts[0][p] = read_scales(sources[p]);
     }
     check_globals(scales);
-    const InputScales inputs = resolve_inputs(scales);
-    shared.input_scale = inputs.layer;
-    set_scales(scales.experts[0], inputs.down[0], &shared.expert);
+    set_scales(scales.experts[0], resolve_inputs(scales)[0], &shared.expert);
     if (layer.shared_gate != nullptr) shared.gate = view_dense(layer.shared_gate, 1, folder_.config.hidden, owned);
     out->shared = std::move(shared);
   }

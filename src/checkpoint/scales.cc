@@ -56,23 +56,25 @@ void check_globals(const LayerScales& scales) {
   }
 }
 
-InputScales resolve_inputs(const LayerScales& scales) {
-  f32 first = 0.0f, down = 0.0f;
+std::vector<InputScales> resolve_inputs(const LayerScales& scales) {
+  std::vector<InputScales> own;  // 0 where there is none
+  InputScales largest{0.0f, 0.0f};
   for (std::size_t e = 0; e < scales.experts.size(); ++e) {
+    InputScales& here = own.emplace_back(InputScales{0.0f, 0.0f});
     for (std::size_t p = 0; p < 3; ++p) {
       const Scalar& input = scales.experts[e][p].input;
       check_input(input, e, kNames[p]);
-      f32& largest = p < 2 ? first : down;
-      if (is_valid(input)) largest = std::max(largest, input.value);
+      f32& scale = p < 2 ? here.tokens : here.inter;
+      if (is_valid(input)) scale = std::max(scale, input.value);
     }
+    largest.tokens = std::max(largest.tokens, here.tokens);
+    largest.inter = std::max(largest.inter, here.inter);
   }
-  InputScales out;
-  if (first > 0.0f) out.layer = first;
-  for (const auto& expert : scales.experts) {
-    const Scalar& own = expert[2].input;
-    out.down.push_back(is_valid(own) ? own.value : down > 0.0f ? down : 1.0f);
+  for (InputScales& here : own) {
+    if (here.tokens == 0.0f) here.tokens = largest.tokens > 0.0f ? largest.tokens : 1.0f;
+    if (here.inter == 0.0f) here.inter = largest.inter > 0.0f ? largest.inter : 1.0f;
   }
-  return out;
+  return own;
 }
 
 std::vector<std::string> describe(const Oddities& oddities, i32 experts, bool gated) {

@@ -42,13 +42,15 @@ Oddities find_oddities(const LayerScales& scales);
 // Throws global_invalid for the first global that is not finite and positive.
 void check_globals(const LayerScales& scales);
 
+// An expert's global scales of what w4a4 quantises.
 struct InputScales {
-  f32 layer = 1.0f;       // the largest valid one of all gates and ups
-  std::vector<f32> down;  // [experts]: its own if valid, else the largest valid one of all downs; 1 if there is none
+  f32 tokens = 1.0f;  // larger one of its gate's and up's
+  f32 inter = 1.0f;   // its down's
 };
 
-// Throws global_invalid for NaN, infinite and negative ones; missing ones and zeros are survived.
-InputScales resolve_inputs(const LayerScales& scales);
+// By expert. Throws global_invalid for NaN, infinite and negative ones; where an expert's are missing or 0, the largest
+// of the layer stands in, or 1 if there is none.
+std::vector<InputScales> resolve_inputs(const LayerScales& scales);
 
 // Oddities in words, one line each.
 std::vector<std::string> describe(const Oddities& oddities, i32 experts, bool gated);

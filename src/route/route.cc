@@ -184,15 +184,19 @@ void logits(const format::Tensor& hidden, const format::Matrix& router, const f3
 }
 
 void quantise(const Args& args) {
-  const i64 hidden = args.problem->hidden;
-  args.executor->parallel_for((args.tokens + kTokensPerTask - 1) / kTokensPerTask, [&](i64 task) {
+  const Problem& problem = *args.problem;
+  const i64 hidden = problem.hidden;
+  const i64 slots = args.slots.expert_begin[problem.local_experts];
+  args.executor->parallel_for((slots + kTokensPerTask - 1) / kTokensPerTask, [&](i64 task) {
     std::vector<f32> x(hidden);
-    for (i64 t = task * kTokensPerTask; t < std::min<i64>(args.tokens, (task + 1) * kTokensPerTask); ++t) {
-      const f32 weight = args.problem->routing.weight_on_input ? args.slots.weights[t] : 1.0f;
-      const u8* row = args.hidden.row(t);
+    for (i64 slot = task * kTokensPerTask; slot < std::min(slots, (task + 1) * kTokensPerTask); ++slot) {
+      const i64 pick = args.slots.slot_pick[slot];
+      const f32 weight = problem.routing.weight_on_input ? args.slots.weights[pick] : 1.0f;
+      const f32 global = args.weights.experts[args.slots.ids[pick] - problem.first_expert].input_scale;
+      const u8* row = args.hidden.row(pick / problem.top_k);
       for (i64 k = 0; k < hidden; ++k) x[k] = format::read(row, args.hidden.dtype, k) * weight;
-      format::quantise_row(x.data(), hidden, args.weights.input_scale, args.slots.codes + t * (hidden / 2),
-                           args.slots.scales + t * (hidden / format::kNvfp4Block));
+      format::quantise_row(x.data(), hidden, global, args.slots.codes + slot * (hidden / 2),
+                           args.slots.scales + slot * (hidden / format::kNvfp4Block));
     }
   });
 }

@@ -38,8 +38,8 @@ struct Out {
   i32* expert_begin = nullptr;  // [local_experts + 1] first slot of each local expert; last = slots in use
   i32* slot_pick = nullptr;     // [slots] token * top_k + position of the pick
   i32* pick_slot = nullptr;     // [tokens, top_k] slot of the pick, -1 where it is skipped or not local
-  u8* codes = nullptr;          // [tokens, hidden/2] E2M1 pairs, low nibble first: tokens quantised; null unless w4a4
-  u8* scales = nullptr;         // [tokens, hidden/16] E4M3; null unless w4a4
+  u8* codes = nullptr;          // [slots, hidden/2] E2M1 pairs, low nibble first: tokens quantised; null unless w4a4
+  u8* scales = nullptr;         // [slots, hidden/16] E4M3; null unless w4a4
 };
 
 // Picks of every token. Reads In, writes Out::ids and Out::weights. Refuses NaN logits and ids out of range, naming the
@@ -54,7 +54,8 @@ void sort(const Problem& problem, i32 tokens, const Out& out);
 void logits(const format::Tensor& hidden, const format::Matrix& router, const f32* bias, Executor& executor,
             f32* logits);
 
-// Tokens to NVFP4 for w4a4, with the layer's input scale and the routing weight first when it multiplies the input.
+// Each slot's token to NVFP4 for w4a4, with its expert's input scale; the routing weight first where it multiplies the
+// input. Reads Out's slots, writes Out::codes and Out::scales.
 void quantise(const Args& args);
 
 }  // namespace fourmoe::route

@@ -24,12 +24,15 @@ struct Expert {
   const f32* up_bias = nullptr;    // [inter]; null for none
   const f32* down_bias = nullptr;  // [hidden]; null for none
 
-  f32 inter_scale = 1.0f;  // w4a4: global scale of the intermediate (input_scale of down), a multiplier
+  // w4a4: global scales of what is quantised, multipliers, each expert's own as checkpoints record them. Engines that
+  // quantise a token once for all experts take their largest; on the shipped model that moves a block's output by 1-4
+  // %.
+  f32 input_scale = 1.0f;  // of the tokens (input_scale of gate and up)
+  f32 inter_scale = 1.0f;  // of the intermediate (input_scale of down)
 };
 
 struct ExpertTable {
   std::span<const Expert> experts;  // [local_experts]; owner: whoever loaded the layer
-  f32 input_scale = 1.0f;           // w4a4: global scale of the tokens, a multiplier; one for the whole layer
 };
 
 }  // namespace fourmoe::weights

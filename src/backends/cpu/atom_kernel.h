@@ -20,6 +20,13 @@ namespace {
 
 #define FOURMOE_INLINE __attribute__((always_inline)) inline
 
+// Loops over vectors and tokens unroll, so that their arrays are registers.
+#if defined(__clang__)
+#define FOURMOE_UNROLL _Pragma("unroll")
+#else
+#define FOURMOE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // f(0), f(1), ... f(N - 1), each with its index as a constant.
 template <int N, class F>
 FOURMOE_INLINE void unroll(F&& f) {
@@ -34,7 +41,8 @@ enum Scale { kUe5m3, kE8m0 };
 // How far ahead of the multiplication a panel's bytes are asked for: about 100 ns at 15 GB/s.
 constexpr int kAhead = 2048;
 
-// 4-bit panels: a block's codes and scales, see weights/packed.h.
+// A block of a panel as its lanes see it: vector v holds rows row + v * kRows and on. 4-bit: codes and scales, see
+// weights/packed.h.
 template <Scale S>
 struct Fp4 {
   using F = Lanes::F;
@@ -44,21 +52,20 @@ struct Fp4 {
   const std::byte* codes;
   const std::byte* scales;
 
-  FOURMOE_INLINE Fp4(const std::byte* panel, int block, int blocks) {
+  FOURMOE_INLINE Fp4(const std::byte* panel, int block, int blocks, int row) {
     const int first = block & ~3;  // kGroupBlocks is 4
     const int in_group = blocks - first < 4 ? blocks - first : 4;
     const std::byte* group = panel + static_cast<std::int64_t>(first) * kBlockBytes;
-    codes = group + (block - first) * 8 * kPanelRows;
-    scales = group + (in_group * 8 + (block - first)) * kPanelRows;
+    codes = group + (block - first) * 8 * kPanelRows + row * 4;
+    scales = group + (in_group * 8 + (block - first)) * kPanelRows + row;
   }
 
-  template <int Row>
-  FOURMOE_INLINE Lanes::U words(int half) const {
-    return Lanes::words(codes + (half * kPanelRows + Row) * 4);
+  FOURMOE_INLINE Lanes::U words(int half, int v) const {
+    return Lanes::words(codes + (half * kPanelRows + v * Lanes::kRows) * 4);
   }
-  template <int Row>
-  FOURMOE_INLINE F scale() const {
-    return S == kUe5m3 ? Lanes::ue5m3(scales + Row) : Lanes::e8m0(scales + Row);
+  FOURMOE_INLINE F scale(int v) const {
+    const std::byte* at = scales + v * Lanes::kRows;
+    return S == kUe5m3 ? Lanes::ue5m3(at) : Lanes::e8m0(at);
   }
 };
 
@@ -70,76 +77,73 @@ struct Dense {
 
   const std::byte* values;
 
-  FOURMOE_INLINE Dense(const std::byte* panel, int block, int)
-      : values(panel + static_cast<std::int64_t>(block) * kBlockBytes) {}
+  FOURMOE_INLINE Dense(const std::byte* panel, int block, int, int row)
+      : values(panel + static_cast<std::int64_t>(block) * kBlockBytes + row * ValueBytes) {}
 
-  template <int Row, int K>
-  FOURMOE_INLINE F weight() const {
-    const std::byte* at = values + (K * kPanelRows + Row) * ValueBytes;
+  FOURMOE_INLINE F weight(int k, int v) const {
+    const std::byte* at = values + (k * kPanelRows + v * Lanes::kRows) * ValueBytes;
     if constexpr (ValueBytes == 2) return Lanes::load_bf16(at);
     else return Lanes::load_f32(at);
   }
 };
 
-// Sums of one block: `sum[p][m]` over its 16 columns for V vectors of rows from Row on.
-template <class Block, int M, int V, int Row>
+// Sums of one block over its 16 columns, for V vectors of rows and M tokens.
+template <class Block, int M, int V>
 FOURMOE_INLINE void sum_block(const Block& block, const float* x, Lanes::F (&sum)[V][M]) {
-  unroll<2>([&](auto half) __attribute__((always_inline)) {
-    typename Lanes::U words[V];
-    if constexpr (Block::kScaled) {
-      unroll<V>([&](auto v)
-                    __attribute__((always_inline)) { words[v] = block.template words<Row + v * Lanes::kRows>(half); });
+  FOURMOE_UNROLL for (int half = 0; half < 2; ++half) {
+    typename Lanes::U words[V] = {};
+    FOURMOE_UNROLL for (int v = 0; v < V; ++v) {
+      if constexpr (Block::kScaled) words[v] = block.words(half, v);
     }
     unroll<8>([&](auto j) __attribute__((always_inline)) {
-      constexpr int k = half * 8 + j;
-      unroll<V>([&](auto v) __attribute__((always_inline)) {
+      const int k = half * 8 + j;
+      FOURMOE_UNROLL for (int v = 0; v < V; ++v) {
         typename Lanes::F weight;
         if constexpr (Block::kScaled) weight = Lanes::template code<j>(words[v]);
-        else weight = block.template weight<Row + v * Lanes::kRows, k>();
-        unroll<M>([&](auto m) __attribute__((always_inline)) {
+        else weight = block.weight(k, v);
+        FOURMOE_UNROLL for (int m = 0; m < M; ++m) {
           const auto token = Lanes::broadcast(x + m * 16 + k);
-          if constexpr (k == 0) sum[v][m] = Lanes::mul(weight, token);
-          else sum[v][m] = Lanes::fma(weight, token, sum[v][m]);
-        });
-      });
-    });
-  });
-}
-
-// V vectors of rows of one panel, from Row on, by M tokens over all columns.
-template <class Block, int M, int V, int Row>
-FOURMOE_INLINE void multiply_rows(const std::byte* panel, int blocks, const float* x, float* out) {
-  typename Lanes::F total[V][M];
-  unroll<V * M>([&](auto i) __attribute__((always_inline)) { total[i / M][i % M] = Lanes::zero(); });
-  for (int b = 0; b < blocks; ++b, x += M * 16) {
-    const Block block(panel, b, blocks);
-    for (int line = 0; line < Block::kBlockBytes; line += 64) {
-      if (Row == 0) Lanes::prefetch(panel + static_cast<std::int64_t>(b) * Block::kBlockBytes + kAhead + line);
-    }
-    typename Lanes::F sum[V][M];
-    sum_block<Block, M, V, Row>(block, x, sum);
-    unroll<V>([&](auto v) __attribute__((always_inline)) {
-      typename Lanes::F scale;
-      if constexpr (Block::kScaled) scale = block.template scale<Row + v * Lanes::kRows>();
-      unroll<M>([&](auto m) __attribute__((always_inline)) {
-        if constexpr (Block::kScaled) total[v][m] = Lanes::fma(scale, sum[v][m], total[v][m]);
-        else total[v][m] = Lanes::add(total[v][m], sum[v][m]);
-      });
+          sum[v][m] = k == 0 ? Lanes::mul(weight, token) : Lanes::fma(weight, token, sum[v][m]);
+        }
+      }
     });
   }
-  unroll<V * M>([&](auto i) __attribute__((always_inline)) {
-    Lanes::store(out + (i % M) * kPanelRows + Row + (i / M) * Lanes::kRows, total[i / M][i % M]);
-  });
+}
+
+// V vectors of rows of one panel, from `row` on, by M tokens over all columns.
+template <class Block, int M, int V>
+FOURMOE_INLINE void multiply_rows(const std::byte* panel, int blocks, int row, const float* x, float* out) {
+  typename Lanes::F total[V][M] = {};
+  for (int b = 0; b < blocks; ++b, x += M * 16) {
+    const Block block(panel, b, blocks, row);
+    for (int line = 0; line < Block::kBlockBytes; line += 64) {
+      if (row == 0) Lanes::prefetch(panel + static_cast<std::int64_t>(b) * Block::kBlockBytes + kAhead + line);
+    }
+    typename Lanes::F sum[V][M] = {};
+    sum_block<Block, M, V>(block, x, sum);
+    FOURMOE_UNROLL for (int v = 0; v < V; ++v) {
+      typename Lanes::F scale = Lanes::zero();
+      if constexpr (Block::kScaled) scale = block.scale(v);
+      FOURMOE_UNROLL for (int m = 0; m < M; ++m) {
+        total[v][m] = Block::kScaled ? Lanes::fma(scale, sum[v][m], total[v][m]) : Lanes::add(total[v][m], sum[v][m]);
+      }
+    }
+  }
+  FOURMOE_UNROLL for (int v = 0; v < V; ++v) {
+    FOURMOE_UNROLL for (int m = 0; m < M; ++m) {
+      Lanes::store(out + m * kPanelRows + row + v * Lanes::kRows, total[v][m]);
+    }
+  }
 }
 
 template <class Block, int M>
 void multiply(const Strip& strip) {
   constexpr int kVectors = M <= kWide ? kPanelRows / Lanes::kRows : 1;
   for (int p = 0; p < strip.count; ++p) {
-    unroll<kPanelRows / Lanes::kRows / kVectors>([&](auto part) __attribute__((always_inline)) {
-      multiply_rows<Block, M, kVectors, part * kVectors * Lanes::kRows>(strip.panels + p * strip.stride, strip.blocks,
-                                                                        strip.x, strip.out + p * M * kPanelRows);
-    });
+    for (int row = 0; row < kPanelRows; row += kVectors * Lanes::kRows) {
+      multiply_rows<Block, M, kVectors>(strip.panels + p * strip.stride, strip.blocks, row, strip.x,
+                                        strip.out + p * M * kPanelRows);
+    }
   }
 }
 

@@ -14,13 +14,15 @@ struct Lanes {
   typedef float F __attribute__((vector_size(16)));
   typedef std::uint32_t U __attribute__((vector_size(16)));
   static constexpr int kRows = 4;
+  static constexpr const f32* kTable = format::kE2m1.data();
 
   static F zero() { return F{}; }
   static F broadcast(const float* p) { return F{*p, *p, *p, *p}; }
   static F load_f32(const std::byte* p) { return format::load<F>(p); }
   static F load_bf16(const std::byte* p) {
-    const auto at = [p](int i) { return format::from_bf16(format::load<u16>(p + 2 * i)); };
-    return F{at(0), at(1), at(2), at(3)};
+    F value{};
+    for (int i = 0; i < kRows; ++i) value[i] = format::from_bf16(format::load<u16>(p + 2 * i));
+    return value;
   }
   static F mul(F a, F b) { return a * b; }
   static F add(F a, F b) { return a + b; }
@@ -33,16 +35,20 @@ struct Lanes {
   template <int J>
   static F code(U words) {
     const U codes = (words >> (4 * J)) & 15u;
-    return F{format::kE2m1[codes[0]], format::kE2m1[codes[1]], format::kE2m1[codes[2]], format::kE2m1[codes[3]]};
+    F value{};
+    for (int i = 0; i < kRows; ++i) value[i] = kTable[codes[i]];
+    return value;
   }
 
   static F ue5m3(const std::byte* p) {
-    const auto at = [p](int i) { return std::bit_cast<f32>(static_cast<u32>(p[i]) << 20) * 0x1p112f; };
-    return F{at(0), at(1), at(2), at(3)};
+    F value{};
+    for (int i = 0; i < kRows; ++i) value[i] = std::bit_cast<f32>(static_cast<u32>(p[i]) << 20) * 0x1p112f;
+    return value;
   }
   static F e8m0(const std::byte* p) {
-    const auto at = [p](int i) { return format::from_e8m0(static_cast<u8>(p[i])); };
-    return F{at(0), at(1), at(2), at(3)};
+    F value{};
+    for (int i = 0; i < kRows; ++i) value[i] = format::from_e8m0(static_cast<u8>(p[i]));
+    return value;
   }
 };
 

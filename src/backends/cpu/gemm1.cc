@@ -32,8 +32,8 @@ class Gemm1 final : public Product {
     const i32 blocks = problem_.hidden / 16;
     const bool weighted = problem_.routing.weight_on_input;
     if (problem_.precision == Precision::w4a4) {
-      widen_nvfp4(args_.slots.codes + token * problem_.hidden / 2, args_.slots.scales + token * blocks, blocks, x,
-                  stride);
+      widen_nvfp4(args_.slots.codes + i64{slot} * problem_.hidden / 2, args_.slots.scales + i64{slot} * blocks, blocks,
+                  x, stride);
     } else if (args_.hidden.dtype == problem_.activations && !weighted) {
       (problem_.activations == Dtype::f16 ? atom_.widen_f16 : atom_.widen_bf16)(row, blocks, x, stride);
     } else {
@@ -45,7 +45,7 @@ class Gemm1 final : public Product {
     const weights::Expert& expert = *tile.expert;
     const i32 first = tile.panel / strip_panels() * kPanelRows;
     const bool quantised = problem_.precision == Precision::w4a4;
-    const f32 input = quantised ? args_.weights.input_scale : 1.0f;
+    const f32 input = quantised ? expert.input_scale : 1.0f;
     for (i32 r = 0; r < tile.rows; ++r) {
       const f32* gate = tile.sums + r * kPanelRows;
       const f32* up = gate + (tile.panels - 1) * tile.rows * kPanelRows;

@@ -13,9 +13,9 @@ using Row = std::vector<f64>;
 // global * sum_k W[row, k] x[k]
 f64 dot(const format::Matrix& weights, i64 row, const Row& x);
 
-// The token as the experts see it, [hidden]: rounded to the activations' type, or to NVFP4 in w4a4 (with its global),
-// after the routing weight where that multiplies the input.
-Row token(const Args& args, i64 index, f32 weight);
+// The token of a pick as its expert sees it, [hidden]: rounded to the activations' type, or to NVFP4 in w4a4 (with its
+// global), after the routing weight where that multiplies the input.
+Row token(const Args& args, i64 pick, const weights::Expert& expert);
 
 // Activated intermediate of one row, [inter], before rounding.
 Row gemm1(const Problem& problem, const weights::Expert& expert, const Row& x);

@@ -35,7 +35,7 @@ Status run(const Bound& bound) {
   args.executor->parallel_for(args.slots.expert_begin[problem.local_experts], [&](i64 slot) {
     const i64 pick = args.slots.slot_pick[slot];
     const weights::Expert& expert = args.weights.experts[args.slots.ids[pick] - problem.first_expert];
-    const Row y = gemm1(problem, expert, token(args, pick / problem.top_k, args.slots.weights[pick]));
+    const Row y = gemm1(problem, expert, token(args, pick, expert));
     const std::vector<f32> single(y.begin(), y.end());
     if (problem.precision == Precision::w4a4) {
       format::quantise_row(single.data(), inter, expert.inter_scale, args.inter.codes + slot * (inter / 2),
@@ -55,15 +55,16 @@ f64 dot(const format::Matrix& weights, i64 row, const Row& x) {
   return sum * weights.global;
 }
 
-Row token(const Args& args, i64 index, f32 weight) {
+Row token(const Args& args, i64 pick, const weights::Expert& expert) {
   const Problem& problem = *args.problem;
-  const u8* row = args.hidden.row(index);
+  const f32 weight = args.slots.weights[pick];
+  const u8* row = args.hidden.row(pick / problem.top_k);
   Row x(problem.hidden);
   for (i64 k = 0; k < problem.hidden; ++k) x[k] = format::read(row, args.hidden.dtype, k);
   const bool weighted = problem.routing.weight_on_input;
   if (problem.precision == Precision::w4a4) {
     for (f64& value : x) value = weighted ? static_cast<f32>(value) * weight : value;
-    return through_nvfp4(x, args.weights.input_scale);
+    return through_nvfp4(x, expert.input_scale);
   }
   for (f64& value : x) {
     value = round_to(problem.activations, value);

@@ -17,13 +17,12 @@ Row layer(const Args& args, i64 t) {
     const i64 local = args.slots.ids[pick] - problem.first_expert;
     if (args.slots.ids[pick] < 0 || local < 0 || local >= problem.local_experts) continue;  // no pick, or not ours
     const weights::Expert& expert = args.weights.experts[local];
-    const f32 weight = args.slots.weights[pick];
 
-    const Row x = token(args, t, weight);
+    const Row x = token(args, pick, expert);
     const Row y = round(problem, gemm1(problem, expert, x), expert.inter_scale);
     const Row z = gemm2(problem, expert, y);
 
-    const f64 factor = problem.routing.weight_on_input ? 1.0 : weight;
+    const f64 factor = problem.routing.weight_on_input ? 1.0 : args.slots.weights[pick];
     for (i64 h = 0; h < problem.hidden; ++h) sum[h] += factor * z[h];
   }
   return sum;

@@ -3,7 +3,7 @@
 
 #include <cuda_bf16.h>
 
-#include "backends/sm90/gemm.cuh"
+#include "backends/sm90/tiles.cuh"
 #include "gemm1/activation.h"
 
 namespace fourmoe::sm90 {

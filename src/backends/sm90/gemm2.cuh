@@ -1,7 +1,7 @@
 // gemm2 on Hopper: the epilogue that writes each slot's output. Contract in gemm2/gemm2.h.
 #pragma once
 
-#include "backends/sm90/gemm.cuh"
+#include "backends/sm90/tiles.cuh"
 
 namespace fourmoe::sm90 {
 

@@ -1,5 +1,5 @@
-// gemm: slots times packed experts, the body of gemm1 and gemm2 on Hopper. A persistent block has a loader warp,
-// warpgroups that unpack and multiply, and an epilogue in their registers.
+// Tiles of the Hopper room, the device part: slots times packed experts, the body of gemm1 and gemm2. A persistent
+// block has a loader warp, warpgroups that unpack and multiply, and an epilogue in their registers.
 #pragma once
 
 #include "backends/sm90/atom.cuh"

@@ -1,0 +1,26 @@
+#!/bin/bash
+# Builds the GPU programs, checks them, runs the standard benchmark and leaves records: for a machine with a Hopper GPU,
+# nvcc, and a python3 with torch. Under 10 minutes.
+# Usage: gpu_check.sh FOLDER      (records to copy into bench/results, plots to copy into docs/plots)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=$(realpath "${1:?usage: gpu_check.sh FOLDER}")
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+
+flags=(-std=c++20 -O3 -Isrc --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a)
+nvcc "${flags[@]}" bench/sm90/gemms.cu src/backends/sm90/tiles.cc -o "$build/gemms" 2> "$build/log" ||
+  { cat "$build/log" >&2; exit 1; }
+
+echo "== results of the GEMMs against sums in double"
+"$build/gemms" check | tee "$build/check" | grep -c '"ok": true'
+echo "== memory checker"
+timeout 240 compute-sanitizer --tool memcheck --error-exitcode 1 "$build/gemms" check-small | tail -n 2
+
+echo "== speed of the GEMMs"
+"$build/gemms" bench > "$build/rows"
+python3 bench/sm90/record.py "$build/rows" --output "$out/sm90-gemms.json" --plot "$out/sm90-gemms.svg"
+
+echo "== ceilings"
+python3 bench/sm90/ceilings.py --output "$out/sm90-ceilings.json" --plot "$out/sm90-ceilings.svg" 2> "$build/log" |
+  head -n 4
