@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Turns the rows that gemms.cu prints into a record, a table of the best tile for each case, and a plot.
 
-    python bench/sm90/record.py ROWS --output bench/results/sm90-gemms.json --plot docs/plots/sm90-gemms.svg
+    python bench/sm90/record.py ROWS --ceilings CEILINGS --output bench/results/sm90-gemms.json
+
+CEILINGS is the record of ceilings.py from the same call: shares are of its device copy (bytes read plus written).
 """
 import argparse
 import json
@@ -20,13 +22,17 @@ def best_rows(rows):
     return best
 
 
+def copy_of(rows):
+    return next(row["copy_TBps"] for row in rows if row["part"] == "torch")
+
+
 def print_table(rows):
     device = next(row for row in rows if row["part"] == "device")
-    print(f"{device['name']}, copy {device['copy_TBps']:.2f} TB/s")
+    print(f"{device['name']}, copy {copy_of(rows):.2f} TB/s")
     print("shape          T  experts    N  gemm1 us  gemm2 us   TB/s  of copy  TFLOP/s")
     for (shape, tokens), row in best_rows(rows).items():
         print(f"{shape:12s} {tokens:6d} {row['active']:6.1f} {row['N']:6d} {row['gemm1_us']:9.1f} {row['gemm2_us']:9.1f} "
-              f"{row['TBps']:6.2f} {row['share_of_copy']:7.0%} {row['TFLOPs']:8.1f}")
+              f"{row['TBps']:6.2f} {row['TBps'] / copy_of(rows):7.0%} {row['TFLOPs']:8.1f}")
 
 
 def draw(rows, path):
@@ -36,7 +42,7 @@ def draw(rows, path):
     figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
     best = best_rows(rows)
     for shape in dict.fromkeys(key[0] for key in best):
-        points = [(tokens, row["share_of_copy"]) for (name, tokens), row in best.items() if name == shape]
+        points = [(tokens, row["TBps"] / copy_of(rows)) for (name, tokens), row in best.items() if name == shape]
         axis.plot(*zip(*points), "o-", label=shape)
     axis.set(title="gemm1 + gemm2 on one H200: packed bytes against the copy rate", xlabel="tokens", xscale="log",
              ylabel="share of the copy rate", ylim=(0, 1.1))
@@ -48,10 +54,12 @@ def draw(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=pathlib.Path)
+    parser.add_argument("--ceilings", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
+    rows += [row for row in json.loads(args.ceilings.read_text())["rows"] if row["part"] == "torch"]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print_table(rows)
     record = {"command": "scripts/gpu_check.sh FOLDER", "commit": commit or "unknown", "rows": rows}
