@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -48,7 +49,12 @@ struct Shape {
   bool gated = true;
 };
 
-constexpr int kSlotTiles[] = {8, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256};
+// Instead of one N for all experts: a launch for each of these, side by side, each with the experts whose slots fit its
+// N and not the one before (the last takes all larger ones too).
+constexpr int kByClass = 0;
+constexpr int kClasses[] = {8, 16, 24, 32, 40, 48, 64};
+
+constexpr int kSlotTiles[] = {kByClass, 8, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256};
 
 // Picks of one layer, sorted on the host: this program measures the GEMMs, not the route.
 struct Routing {
@@ -82,15 +88,55 @@ struct DeviceRouting {
   explicit DeviceRouting(const Routing& r)
       : host(r), rows(upload(r.rows)), begin(upload(r.begin)), token(upload(r.slot_token)) {
     for (const int n : kSlotTiles) {
-      std::vector<int> tiles(1, 0);
-      for (const int count : r.rows) tiles.push_back(tiles.back() + (count + n - 1) / n);
-      tile_begin[n] = upload(tiles);
+      if (n != kByClass) tile_begin[n] = upload(count_tiles(r, n, 0, INT_MAX));
+    }
+    int below = 0;
+    for (const int n : kClasses) {
+      class_begin[n] = upload(count_tiles(r, n, below, n == 64 ? INT_MAX : n));
+      below = n;
     }
   }
   Routing host;
   int *rows, *begin, *token;
   std::map<int, int*> tile_begin;
+  std::map<int, int*> class_begin;
+
+ private:
+  // Slot tiles before each expert, counting only experts of more than `above` and at most `most` slots.
+  static std::vector<int> count_tiles(const Routing& r, int n, int above, int most) {
+    std::vector<int> tiles(1, 0);
+    for (const int count : r.rows)
+      tiles.push_back(tiles.back() + (count > above && count <= most ? (count + n - 1) / n : 0));
+    return tiles;
+  }
 };
+
+// Streams of the launches that go side by side; made once.
+struct Branches {
+  Branches() {
+    for (const int n : kClasses) {
+      check(cudaStreamCreateWithFlags(&streams[n], cudaStreamNonBlocking), "stream");
+      check(cudaEventCreateWithFlags(&done[n], cudaEventDisableTiming), "event");
+    }
+    check(cudaEventCreateWithFlags(&begin, cudaEventDisableTiming), "event");
+  }
+  std::map<int, cudaStream_t> streams;
+  std::map<int, cudaEvent_t> done;
+  cudaEvent_t begin;
+};
+
+// Runs launch(n, stream) for every class, after what the stream holds and before what follows on it.
+template <class Launch>
+void launch_classes(cudaStream_t stream, const Launch& launch) {
+  static Branches branches;
+  check(cudaEventRecord(branches.begin, stream), "fork");
+  for (const int n : kClasses) {
+    check(cudaStreamWaitEvent(branches.streams[n], branches.begin), "fork");
+    launch(n, branches.streams[n]);
+    check(cudaEventRecord(branches.done[n], branches.streams[n]), "join");
+    check(cudaStreamWaitEvent(stream, branches.done[n]), "join");
+  }
+}
 
 // Everything of a layer that does not depend on the routing.
 struct Device {
@@ -145,12 +191,28 @@ struct Run {
     gather<<<(r.host.slots + 3) / 4, 128, 0, stream>>>(args);
   }
   void gemm1(const DeviceRouting& r, int n, cudaStream_t stream) const {
+    if (n == kByClass) {
+      return launch_classes(stream,
+                            [&](int c, cudaStream_t branch) { gemm1_tiles(r, c, r.class_begin.at(c), branch); });
+    }
+    gemm1_tiles(r, n, r.tile_begin.at(n), stream);
+  }
+  void gemm2(const DeviceRouting& r, int n, cudaStream_t stream) const {
+    if (n == kByClass) {
+      return launch_classes(stream,
+                            [&](int c, cudaStream_t branch) { gemm2_tiles(r, c, r.class_begin.at(c), branch); });
+    }
+    gemm2_tiles(r, n, r.tile_begin.at(n), stream);
+  }
+
+ private:
+  void gemm1_tiles(const DeviceRouting& r, int n, const int* tile_begin, cudaStream_t stream) const {
     const Operands operands{device.gate_up_table,
                             device.x,
                             device.step_bytes,
                             r.begin,
                             r.rows,
-                            r.tile_begin.at(n),
+                            tile_begin,
                             shape.experts,
                             row_tiles(rows1(shape)),
                             k_steps(shape.hidden)};
@@ -163,13 +225,13 @@ struct Run {
     epilogue.row_tiles = operands.row_tiles;
     launch_tiles(n, operands, epilogue, sms, stream);
   }
-  void gemm2(const DeviceRouting& r, int n, cudaStream_t stream) const {
+  void gemm2_tiles(const DeviceRouting& r, int n, const int* tile_begin, cudaStream_t stream) const {
     const Operands operands{device.down_table,
                             device.y,
                             device.step_bytes,
                             r.begin,
                             r.rows,
-                            r.tile_begin.at(n),
+                            tile_begin,
                             shape.experts,
                             row_tiles(shape.hidden),
                             k_steps(shape.inter)};
@@ -379,7 +441,8 @@ void measure(const Shape& s, const std::vector<int>& batch, int sms) {
     const f64 per_expert = picks / active;
     for (const int n : kSlotTiles) {
       if (n > 8 && n > 3 * per_expert + 8) continue;
-      if (n < 64 && n < per_expert / 2) continue;
+      if (n > 0 && n < 64 && n < per_expert / 2) continue;
+      if (n == kByClass && (per_expert < 2 || per_expert > 128)) continue;
       const f64 t1 = microseconds(layers, [&](int i, cudaStream_t st) { run.gemm1(rs[i], n, st); });
       const f64 t2 = microseconds(layers, [&](int i, cudaStream_t st) { run.gemm2(rs[i], n, st); });
       const f64 all3 = microseconds(layers, [&](int i, cudaStream_t st) {
@@ -414,6 +477,10 @@ int run(const std::string& mode) {
     for (const Shape& s : small) {
       for (const auto& [tokens, n] : std::vector<std::pair<int, int>>{{1, 8},
                                                                       {7, 8},
+                                                                      {1, kByClass},
+                                                                      {30, kByClass},
+                                                                      {61, kByClass},
+                                                                      {250, kByClass},
                                                                       {23, 16},
                                                                       {30, 24},
                                                                       {50, 32},

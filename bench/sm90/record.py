@@ -31,7 +31,7 @@ def print_table(rows):
     print(f"{device['name']}, copy {copy_of(rows):.2f} TB/s")
     print("shape          T  experts    N  gemm1 us  gemm2 us   TB/s  of copy  TFLOP/s")
     for (shape, tokens), row in best_rows(rows).items():
-        print(f"{shape:12s} {tokens:6d} {row['active']:6.1f} {row['N']:6d} {row['gemm1_us']:9.1f} {row['gemm2_us']:9.1f} "
+        print(f"{shape:12s} {tokens:6d} {row['active']:6.1f} {row['N'] or 'class':>6} {row['gemm1_us']:9.1f} {row['gemm2_us']:9.1f} "
               f"{row['TBps']:6.2f} {row['TBps'] / copy_of(rows):7.0%} {row['TFLOPs']:8.1f}")
 
 
