@@ -36,13 +36,8 @@ check: ## check the layout and the rules of the house
 	@scripts/format.sh --check
 	@python3 tests/house_test.py
 
-bench: ## build and run the micro-benchmarks
-	@scripts/install_deps.sh build bench
-	@cmake -S . -B $(BUILD)-bench -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
-	  -DFOURMOE_TESTS=OFF -DFOURMOE_BENCH=ON > /dev/null
-	@cmake --build $(BUILD)-bench -j $(JOBS)
-	@test -x $(BUILD)-bench/fourmoe_bench || { echo "bench: there are no micro-benchmarks yet"; exit 1; }
-	@$(BUILD)-bench/fourmoe_bench
+bench: build ## measure a Qwen3-30B layer on this CPU; the record goes to $(BUILD)/bench.json
+	@$(BUILD)/fourmoe bench --shape qwen3-30b --tokens 1,4,16,128,512 --output $(BUILD)/bench.json
 
 fuzz: ## fuzz each parser for FUZZ_SECONDS (60)
 	@scripts/install_deps.sh build clang

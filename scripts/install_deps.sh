@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs the Debian packages of the named groups that are missing. Says nothing when none is.
-# Usage: scripts/install_deps.sh [build] [test] [check] [bench] [clang]      (default: build)
+# Usage: scripts/install_deps.sh [build] [test] [check] [clang]      (default: build)
 set -euo pipefail
 
 packages_of() {
@@ -9,7 +9,6 @@ packages_of() {
     test) echo libgtest-dev python3 pkg-config binutils ;;
     numpy) echo python3-numpy ;;
     check) echo clang-format-14 python3 ;;
-    bench) echo libbenchmark-dev ;;
     clang) echo clang-14 libclang-rt-14-dev ;;
     *) echo "install_deps.sh: unknown group '$1'" >&2; exit 2 ;;
   esac
