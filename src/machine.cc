@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 
@@ -60,6 +61,7 @@ Machine probe() {
   found.cpu_name = read_cpu_name();
   found.cpu_level = detect_level();
   found.cores = usable_cores();
+  found.cache_bytes = std::max<i64>(0, sysconf(_SC_LEVEL3_CACHE_SIZE));
   found.memory_bytes = i64{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
   if (const char* word = std::getenv("FOURMOE_CPU_LEVEL"); word != nullptr && *word != '\0') {
     found.cpu_level = forced_level(word, found.cpu_level);

@@ -26,6 +26,7 @@ struct Machine {
   bool cpu_level_forced = false;            // by FOURMOE_CPU_LEVEL
   i32 cores = 1;                            // hardware threads that this process may use
   i64 memory_bytes = 0;                     // physical memory of the host
+  i64 cache_bytes = 0;                      // last-level cache, shared by whom the host decides; 0 where unknown
 };
 
 // Probed at the first call. FOURMOE_CPU_LEVEL=portable|avx2|avx512 forces a level; one that the machine lacks, or

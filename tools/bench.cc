@@ -36,8 +36,8 @@ struct Options {
   std::string output;
 };
 
-// Weights that are read once in 256 MiB of other weights come from memory: no cache of one socket holds more.
-constexpr i64 kColdBytes = i64{256} << 20;
+// Weights come from memory when at least this much of other weights, and twice the last-level cache, was read since.
+constexpr i64 kColdBytes = i64{1} << 30;
 constexpr i64 kMostLayers = 64;
 
 // Random weights whose matrices are windows of one pool. The blobs that a room packs from them are memory of their own,
@@ -106,7 +106,7 @@ struct Rotation {
 
 i64 copies_to_be_cold(i64 bytes) {
   const i64 budget = machine().memory_bytes / 4;
-  const i64 wanted = (kColdBytes + bytes - 1) / bytes;
+  const i64 wanted = (std::max(kColdBytes, 2 * machine().cache_bytes) + bytes - 1) / bytes;
   return std::clamp<i64>(std::min(wanted, budget / bytes), 1, kMostLayers);
 }
 
