@@ -99,7 +99,7 @@ class House:
         self.findings = []
         self.texts = {}
         for path in self.files:
-            if pathlib.PurePath(path).suffix in TEXT:
+            if pathlib.PurePath(path).suffix in TEXT and not path.startswith("tests/fuzz/corpus/"):  # bytes of any kind
                 self.texts[path] = (self.root / path).read_bytes().decode("utf-8", "replace")
         self.code = {p: strip(t) for p, t in self.texts.items() if pathlib.PurePath(p).suffix in CODE}
 
