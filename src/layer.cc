@@ -192,7 +192,8 @@ Status check_call(const checkpoint::Layer& weights, const LayerCall& call) {
     return refuse(Reason::argument_invalid,
                   fmt::format("output has {} rows, hidden_states {}", call.output.rows, tokens));
   }
-  if (tokens > 0 && (call.hidden.empty() || call.hidden.cols != weights.problem.hidden)) {
+  if (call.hidden.empty() && tokens > 0) return refuse(Reason::argument_invalid, "hidden_states is null");
+  if (!call.hidden.empty() && call.hidden.cols != weights.problem.hidden) {
     return refuse(Reason::argument_invalid, fmt::format("hidden_states is [{}, {}], expected [{}, {}]", tokens,
                                                         call.hidden.cols, tokens, weights.problem.hidden));
   }

@@ -423,6 +423,15 @@ TEST_F(BadCall, WrongHiddenSize) {
   call_.hidden.cols = 48;
   expect(Reason::argument_invalid, "hidden_states is [3, 48], expected [3, 64]");
 }
+TEST_F(BadCall, WrongHiddenSizeOfNoTokens) {
+  call_.hidden.rows = call_.ids.rows = call_.weights.rows = 0;
+  call_.hidden.cols = 48;
+  expect(Reason::argument_invalid, "hidden_states is [0, 48]");
+}
+TEST_F(BadCall, HiddenNull) {
+  call_.hidden.data = nullptr;
+  expect(Reason::argument_invalid, "hidden_states is null");
+}
 TEST_F(BadCall, IdsOfAFloatType) {
   call_.ids.dtype = Dtype::f32;
   expect(Reason::dtype_unsupported, "topk_ids is f32");

@@ -322,6 +322,10 @@ void write_file(const std::string& path, const std::string& text) {
 
 int run(const Options& options) {
   if (options.path.empty() == options.shape.empty()) throw CLI::ValidationError("give either PATH or --shape");
+  if (!options.output.empty() &&
+      !std::filesystem::is_directory(std::filesystem::absolute(options.output).parent_path())) {
+    throw Error(Reason::write_failed, fmt::format("output {}: its folder does not exist", options.output));
+  }
   Executor& executor = tbb_executor(options.threads);
   Ceilings ceilings;
   Rotation rotation;

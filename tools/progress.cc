@@ -30,6 +30,7 @@ std::size_t terminal_columns() {
 void watch_for_interrupts() {
   signal(SIGINT, remember);
   signal(SIGTERM, remember);
+  if (signal(SIGHUP, remember) == SIG_IGN) signal(SIGHUP, SIG_IGN);  // nohup keeps its meaning
 }
 
 Progress::Progress(std::string title)

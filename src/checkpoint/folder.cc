@@ -121,32 +121,6 @@ void check_shard_name(const std::string& name, std::string_view file) {
   throw Error(Reason::file_malformed, fmt::format("{}: the file name {} leaves the folder", file, quote(name)));
 }
 
-// A link may point anywhere (the hub's cache is made of links into a folder of blobs); a name may not.
-std::shared_ptr<const MappedFile> open_shard(const fs::path& folder, const std::string& name, const fs::path& index) {
-  const fs::path path = folder / name;
-  if (fs::exists(path)) return MappedFile::open(path);
-  throw Error(Reason::file_unreadable, fmt::format("{}: shard {} is missing", index.string(), quote(name)));
-}
-
-void check_promises(std::string_view text, const fs::path& index, const TensorMap& tensors) {
-  read_index(text, index.string(), [&](const std::string& tensor, const std::string& shard) {
-    const auto found = tensors.find(tensor);
-    if (found != tensors.end() && found->second.file->path().filename() == shard) return;
-    throw Error(Reason::tensor_missing, fmt::format("{}: tensor {} is promised in {} and absent from it",
-                                                    index.string(), quote(tensor), quote(shard)));
-  });
-}
-
-// Tensors of all shards of an index.
-void read_sharded(const fs::path& index, Folder* out) {
-  const std::string text = read_text(index);
-  for (const std::string& shard : list_shards(text, index.string())) {
-    parse_safetensors(open_shard(index.parent_path(), shard, index), &out->tensors, nullptr);
-    ++out->files;
-  }
-  check_promises(text, index, out->tensors);
-}
-
 std::vector<fs::path> find_ending(const fs::path& folder, std::string_view ending) {
   std::vector<fs::path> found;
   std::error_code error;
@@ -158,20 +132,27 @@ std::vector<fs::path> find_ending(const fs::path& folder, std::string_view endin
   return found;
 }
 
-void read_single(const fs::path& path, Folder* out) {
-  parse_safetensors(MappedFile::open(path), &out->tensors, nullptr);
-  out->files = 1;
+// A link may point anywhere (the hub's cache is made of links into a folder of blobs); a name may not.
+std::vector<fs::path> find_shards(const fs::path& index) {
+  std::vector<fs::path> found;
+  for (const std::string& name : list_shards(read_text(index), index.string())) {
+    found.push_back(index.parent_path() / name);
+    if (fs::exists(found.back())) continue;
+    throw Error(Reason::file_unreadable, fmt::format("{}: shard {} is missing", index.string(), quote(name)));
+  }
+  return found;
 }
 
 void read_tensors(const fs::path& folder, Folder* out) {
-  const std::vector<fs::path> indices = find_ending(folder, kIndexEnding);
-  if (indices.size() == 1) return read_sharded(indices[0], out);
-  if (fs::exists(folder / kSingle)) return read_single(folder / kSingle, out);
-  const std::vector<fs::path> files = find_ending(folder, ".safetensors");
-  if (indices.empty() && files.size() == 1) return read_single(files[0], out);
-  throw Error(Reason::file_unreadable,
-              fmt::format("{}: {} indices (*{}) and {} *.safetensors files; one index, {} or a single file is needed",
-                          folder.string(), indices.size(), kIndexEnding, files.size(), kSingle));
+  const FolderFiles files = find_files(folder);
+  for (const fs::path& shard : files.shards) parse_safetensors(MappedFile::open(shard), &out->tensors, nullptr);
+  out->files = static_cast<i64>(files.shards.size());
+  if (!files.index.empty()) check_promises(files.index, out->tensors);
+}
+
+void read_single(const fs::path& path, Folder* out) {
+  parse_safetensors(MappedFile::open(path), &out->tensors, nullptr);
+  out->files = 1;
 }
 
 Config read_config(const fs::path& folder) {
@@ -182,6 +163,26 @@ Config read_config(const fs::path& folder) {
 }
 
 }  // namespace
+
+FolderFiles find_files(const fs::path& folder) {
+  const std::vector<fs::path> indices = find_ending(folder, kIndexEnding);
+  if (indices.size() == 1) return {indices[0], find_shards(indices[0])};
+  if (fs::exists(folder / kSingle)) return {{}, {folder / kSingle}};
+  const std::vector<fs::path> files = find_ending(folder, ".safetensors");
+  if (indices.empty() && files.size() == 1) return {{}, files};
+  throw Error(Reason::file_unreadable,
+              fmt::format("{}: {} indices (*{}) and {} *.safetensors files; one index, {} or a single file is needed",
+                          folder.string(), indices.size(), kIndexEnding, files.size(), kSingle));
+}
+
+void check_promises(const fs::path& index, const TensorMap& tensors) {
+  read_index(read_text(index), index.string(), [&](const std::string& tensor, const std::string& shard) {
+    const auto found = tensors.find(tensor);
+    if (found != tensors.end() && found->second.file->path().filename() == shard) return;
+    throw Error(Reason::tensor_missing, fmt::format("{}: tensor {} is promised in {} and absent from it",
+                                                    index.string(), quote(tensor), quote(shard)));
+  });
+}
 
 std::vector<std::string> list_shards(std::string_view index, std::string_view file) {
   std::vector<std::string> shards;

@@ -55,13 +55,6 @@ void refuse_quantised(const nlohmann::json& parsed, const std::string& path) {
   }
 }
 
-std::string find_index(const fs::path& folder) {
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    if (entry.path().filename().string().ends_with(kIndexEnding)) return entry.path().filename().string();
-  }
-  return "";
-}
-
 Shard read_shard(const fs::path& path) {
   Shard shard;
   shard.file = path.filename().string();
@@ -94,13 +87,15 @@ Source read_source(const fs::path& folder) {
   const nlohmann::json parsed = parse_json(source.config, config);
   refuse_quantised(parsed, config);
   if (const Object object = {&parsed, config}; object.has("model_type")) source.family = object.string("model_type");
-  source.index = find_index(folder);
-  if (source.index.empty()) {
-    source.shards.push_back(read_shard(folder / "model.safetensors"));
-    return source;
+  const FolderFiles files = find_files(folder);
+  TensorMap all;
+  for (const fs::path& shard : files.shards) {
+    source.shards.push_back(read_shard(shard));
+    all.insert(source.shards.back().tensors.begin(), source.shards.back().tensors.end());
   }
-  for (const std::string& name : list_shards(read_text(folder / source.index), source.index)) {
-    source.shards.push_back(read_shard(folder / name));
+  if (!files.index.empty()) {
+    source.index = files.index.filename().string();
+    check_promises(files.index, all);
   }
   refuse_repeated(source.shards);
   return source;
@@ -180,7 +175,7 @@ bool is_own(const fs::path& file) { return file == "config.json" || file == "hf_
 std::vector<fs::path> list_side_files(const fs::path& folder, std::vector<std::string>* notes) {
   std::vector<fs::path> files;
   for (auto entry = fs::recursive_directory_iterator(folder); entry != fs::recursive_directory_iterator(); ++entry) {
-    const fs::path name = fs::relative(entry->path(), folder);
+    const fs::path name = entry->path().lexically_relative(folder);  // links stay where they lie
     if (entry->path().filename().string().starts_with(".")) {
       entry.disable_recursion_pending();
       continue;
@@ -198,11 +193,30 @@ std::vector<fs::path> list_side_files(const fs::path& folder, std::vector<std::s
   return files;
 }
 
-// Whether every file of an existing output is one that a checkpoint has, so that replacing it loses nothing else.
+// Whether quantize wrote the folder: its hf_quant_config.json names it as the producer.
+bool is_earlier_output(const fs::path& out) {
+  const fs::path config = out / "hf_quant_config.json";
+  if (!fs::is_regular_file(config)) return false;
+  const nlohmann::json parsed = nlohmann::json::parse(read_text(config), nullptr, false);
+  const nlohmann::json::json_pointer producer("/producer/name");
+  return !parsed.is_discarded() && parsed.contains(producer) && parsed.at(producer) == "fourmoe";
+}
+
+bool is_output_file(const fs::path& name, const fs::path& in) {
+  const bool top = !name.has_parent_path();
+  const bool shard = name.extension() == ".safetensors" || name.filename().string().ends_with(kIndexEnding);
+  return is_own(name) || (top && shard) || fs::exists(in / name);
+}
+
+// An existing output may be replaced when it is empty, or an earlier output that has gained no file since.
 void check_replaceable(const fs::path& out, const fs::path& in) {
+  if (fs::is_empty(out)) return;
+  if (!is_earlier_output(out)) {
+    throw Error(Reason::file_exists, fmt::format("{} was not written by quantize; it would be lost", out.string()));
+  }
   for (const auto& entry : fs::recursive_directory_iterator(out)) {
-    const fs::path name = fs::relative(entry.path(), out);
-    if (entry.is_directory() || is_own(name) || holds_weights(name) || fs::exists(in / name)) continue;
+    const fs::path name = entry.path().lexically_relative(out);
+    if (entry.is_directory() || is_output_file(name, in)) continue;
     throw Error(Reason::file_exists, fmt::format("{} holds {}, which is no part of a checkpoint; it would be lost",
                                                  out.string(), quote(name.string())));
   }
@@ -435,7 +449,8 @@ void check_full_recipe(const std::string& family) {
 
 // Absolute, with the links of its folder resolved, and without a trailing slash.
 fs::path settle(const fs::path& path) {
-  const fs::path absolute = fs::weakly_canonical(path);
+  if (path.empty()) throw Error(Reason::argument_invalid, "the path of the input or the output is empty");
+  const fs::path absolute = fs::weakly_canonical(fs::absolute(path));
   return absolute.has_filename() ? absolute : absolute.parent_path();
 }
 

@@ -50,6 +50,9 @@ std::optional<ExpertName> parse_expert_name(std::string_view name) {
   ExpertName found;
   const char* end = name.data() + name.size();
   const auto [rest, error] = std::from_chars(name.data() + begin, end, found.expert);
+  if (error == std::errc::result_out_of_range) {
+    throw Error(Reason::experts_unsupported, fmt::format("tensor {} numbers no expert from 0 to 1023", quote(name)));
+  }
   if (error != std::errc() || rest == end || *rest != '.' || found.expert < 0) return std::nullopt;
   const std::string_view tail(rest + 1, static_cast<std::size_t>(end - rest - 1));
   for (const Spelling& spelling : kProjections) {

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import pty
+import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -233,6 +235,18 @@ class Run(Case):
         self.input.write_bytes(b"not safetensors")
         self.fails("file_malformed")
 
+    def test_the_checkpoint_is_never_the_output(self):
+        copy = self.scratch / "copy"
+        shutil.copytree(TINY / "nvfp4", copy)
+        self.captured()
+        for path in (copy, copy / "model.safetensors"):
+            for name in ("config.json", "model.safetensors"):
+                self.refuses(1, "file of the checkpoint", "run", path, "--layer", 0, "--input", self.input, "--output",
+                             copy / name)
+        self.assertEqual((copy / "config.json").read_bytes(), (TINY / "nvfp4" / "config.json").read_bytes())
+        self.refuses(1, "folder does not exist", "run", copy, "--layer", 0, "--input", self.input, "--output",
+                     self.scratch / "no" / "y.safetensors")
+
     def test_wrong_paths(self):
         self.captured()
         self.fails("layer_missing", *self.arguments(layer=4))
@@ -248,6 +262,66 @@ class Run(Case):
 
 
 class Quantize(Case):
+    def quantize(self, source, out, *more):
+        return "quantize", source, "--output", out, "--experts-only", *more
+
+    def test_force_replaces_nothing_but_an_earlier_output(self):
+        out = self.scratch / "models"
+        (out / "llama").mkdir(parents=True)
+        for name in ("a.gguf", "mine.pt", "llama/pytorch_model.bin", "b.safetensors"):
+            (out / name).write_text("mine")
+        before = self.listing()
+        self.refuses(1, "not written by quantize", *self.quantize(TINY / "bf16", out, "--force"))
+        self.assertEqual(self.listing(), before)
+        earlier = self.scratch / "earlier"
+        self.succeeds(*self.quantize(TINY / "bf16", earlier))
+        (earlier / "notes.txt").write_text("mine")
+        self.refuses(1, "notes.txt", *self.quantize(TINY / "bf16", earlier, "--force"))
+        self.assertEqual((earlier / "notes.txt").read_text(), "mine")
+
+    def test_links_of_a_hub_cache_are_files_of_the_checkpoint(self):
+        blobs, snapshot = self.scratch / "hub" / "blobs", self.scratch / "hub" / "snapshots" / "abc"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        (blobs / "2").write_text("{}")
+        for name, blob in (("config.json", "0"), ("model.safetensors", "1"), ("tokenizer.json", "2")):
+            if not (blobs / blob).exists():
+                (blobs / blob).write_bytes((TINY / "bf16" / name).read_bytes())
+            (snapshot / name).symlink_to(f"../../blobs/{blob}")
+        out = self.scratch / "a" / "b" / "out"
+        out.parent.mkdir(parents=True)
+        self.succeeds(*self.quantize(snapshot, out))
+        self.assertEqual(sorted(p.name for p in out.parent.parent.rglob("*") if p.is_file()),
+                         ["config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"])
+        self.assertFalse((out / "tokenizer.json").is_symlink())
+
+    def test_a_plain_name_lands_in_the_current_folder(self):
+        done = subprocess.run([COMMAND, *map(str, self.quantize(TINY / "bf16", "fresh"))], cwd=self.scratch,
+                              capture_output=True, text=True, timeout=60)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertTrue((self.scratch / "fresh" / "model.safetensors").is_file())
+        self.refuses(1, "is empty", *self.quantize(TINY / "bf16", ""))
+
+    def test_a_promise_that_the_index_breaks_is_refused(self):
+        source = self.scratch / "source"
+        source.mkdir()
+        names = files.read(TINY / "bf16" / "model.safetensors").keys()
+        (source / "m.safetensors").write_bytes((TINY / "bf16" / "model.safetensors").read_bytes())
+        (source / "config.json").write_bytes((TINY / "bf16" / "config.json").read_bytes())
+        index = {"weight_map": {name: "m.safetensors" for name in [*names, "lm_head.weight"]}}
+        (source / "m.safetensors.index.json").write_text(json.dumps(index))
+        self.refuses(1, "lm_head.weight", *self.quantize(source, self.scratch / "out"))
+        self.assertFalse((self.scratch / "out").exists())
+
+    def test_a_lost_terminal_leaves_nothing_behind(self):
+        for _ in range(3):
+            run = subprocess.Popen([COMMAND, *map(str, self.quantize(TINY / "bf16", self.scratch / "out"))],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            run.send_signal(signal.SIGHUP)
+            run.wait(60)
+            self.assertEqual([p for p in self.scratch.iterdir() if p.name.startswith(".")], [])
+            shutil.rmtree(self.scratch / "out", ignore_errors=True)
+
     def test_the_trained_model_equals_modelopts_export(self):
         out = self.scratch / "out"
         text = self.succeeds("quantize", TINY / "bf16", "--output", out, "--experts-only")
