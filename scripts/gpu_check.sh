@@ -14,8 +14,10 @@ nvcc "${flags[@]}" bench/sm90/gemms.cu src/backends/sm90/tiles.cc -o "$build/gem
 
 echo "== results of the GEMMs against sums in double"
 "$build/gemms" check | tee "$build/check" | grep -c '"ok": true'
-echo "== memory checker"
-timeout 240 compute-sanitizer --tool memcheck --error-exitcode 1 "$build/gemms" check-small | tail -n 2
+for tool in memcheck racecheck synccheck initcheck; do
+  echo "== $tool"
+  timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/gemms" check-small | tail -n 1
+done
 
 echo "== ceilings"
 python3 bench/sm90/ceilings.py --output "$out/sm90-ceilings.json" --plot "$out/sm90-ceilings.svg" 2> "$build/log" |
