@@ -200,6 +200,13 @@ const std::vector<Fault> kFaults = {
      [](ModelFiles* f) { f->config = test::config_of("wonder_moe"); },
      Reason::family_unknown,
      {"config.json", "wonder_moe", "qwen3_moe", "deepseek_v3"}},
+    {"unknown_family_with_selection_bias",
+     [](ModelFiles* f) {
+       f->config = test::config_of("wonder_moe", R"(,"norm_topk_prob":true)");
+       f->add_f32("model.layers.0.mlp.gate.e_score_correction_bias", {4}, 0);
+     },
+     Reason::family_unknown,
+     {"config.json", "wonder_moe", "e_score_correction_bias"}},
     {"awq",
      [](ModelFiles* f) {
        f->config = test::config_of("qwen3_moe",

@@ -18,14 +18,17 @@ constexpr i32 kMostExperts = 1 << 16;  // of any config; what runs is decided by
 constexpr std::array kTextConfigs = {"text_config", "language_config", "llm_config", "thinker_config"};
 
 using Keys = std::span<const std::string_view>;
-using Names = std::array<std::string_view, 6>;  // unused places stay empty
+using Names = std::array<std::string_view, 10>;  // unused places stay empty
 constexpr Names kExperts = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"};
 constexpr Names kTopK = {
     "num_experts_per_tok", "experts_per_token", "num_experts_per_token", "top_k_experts", "moe_k", "moe_topk"};
 constexpr Names kInter = {"moe_intermediate_size", "intermediate_size"};
 constexpr Names kHidden = {"hidden_size"};
 constexpr Names kActivation = {"mlp_hidden_act", "hidden_activation", "hidden_act"};
-constexpr Names kSpecialRouting = {"scoring_func", "n_group", "topk_method", "moe_latent_size"};
+// Keys of models that route by more than softmax and top-k.
+constexpr Names kSpecialRouting = {"scoring_func",    "score_func",  "score_function",  "moe_router_activation_func",
+                                   "n_group",         "topk_method", "moe_latent_size", "moe_router_use_sigmoid",
+                                   "zero_expert_num", "swiglu_limit"};
 
 Keys used(const Names& names) { return {names.begin(), std::find(names.begin(), names.end(), std::string_view())}; }
 
@@ -83,7 +86,7 @@ Family generic_family(const Object& text, const std::string& name) {
                             "hidden_act); known: {}",
                             text.file, quote(name), family_names()));
   }
-  return {.name = "generic", .renormalise_key = true};
+  return {.renormalise_key = true, .generic = true};
 }
 
 ActivationKind read_activation_kind(const Object& text, const Family& row) {
@@ -112,7 +115,7 @@ Activation read_activation(const Object& text, const Family& row) {
   activation.kind = read_activation_kind(text, row);
   activation.alpha = text.has("swiglu_alpha") ? text.number("swiglu_alpha") : row.alpha;
   activation.beta = row.beta;
-  if (text.has("swiglu_limit")) activation.limit = text.number("swiglu_limit");
+  activation.limit = text.has("swiglu_limit") ? text.number("swiglu_limit") : row.limit;
   if (activation.kind == ActivationKind::swiglu_clamped && !(activation.limit > 0.0f)) {
     throw Error(Reason::file_malformed, text.file + ": \"swiglu_limit\" must be positive");
   }

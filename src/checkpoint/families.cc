@@ -24,6 +24,7 @@ constexpr std::array<Family, 26> kFamilies = {{
      .activation_key = false,
      .alpha = 1.0f,
      .beta = 0.0f,
+     .limit = 10.0f,
      .gate_bias_selects = true},
     {.name = "kimi_k2", .score = Score::sigmoid, .renormalise_key = true, .gate_bias_selects = true},
     {.name = "glm4_moe", .score = Score::sigmoid, .renormalise_key = true},

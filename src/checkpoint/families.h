@@ -11,7 +11,7 @@ namespace fourmoe::checkpoint {
 
 // Keys of config.json override a row's defaults where the row says so; the rest is how that family's code computes.
 struct Family {
-  std::string_view name;  // model_type, without a "_text" ending
+  std::string_view name{};  // model_type, without a "_text" ending
   Score score = Score::softmax;
   bool renormalise = true;       // norm_topk_prob where the key is absent
   bool renormalise_key = false;  // norm_topk_prob decides
@@ -21,10 +21,12 @@ struct Family {
   bool activation_key = true;      // hidden_act (or its synonyms) decides
   f32 alpha = 1.702f;              // of swiglu_clamped, where swiglu_alpha is absent
   f32 beta = 1.0f;                 // of swiglu_clamped
+  f32 limit = 7.0f;                // of swiglu_clamped, where swiglu_limit is absent
   bool weight_on_input = false;    // the routing weight multiplies the token
   bool transposed = false;         // stacks are [E, in, out]; decides where shapes fit both ways
   bool interleaved = false;        // gate and up alternate in fused stacks
   bool gate_bias_selects = false;  // a bias of the router selects and does not weigh (DeepSeek's own names)
+  bool generic = false;  // a model_type that no row knows, whose config is explicit about plain softmax routing
 };
 
 // All rows; the order has no meaning.

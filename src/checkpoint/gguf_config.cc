@@ -150,6 +150,7 @@ Config read_gguf_config(const Gguf& gguf, std::string_view file) {
   out.activation.kind = out.row.activation;
   out.activation.alpha = out.row.alpha;
   out.activation.beta = out.row.beta;
+  out.activation.limit = out.row.limit;
   out.routing = read_routing(metadata, prefix, architecture, out.row, out.experts);
   out.quantisation.method = "gguf";
   return out;

@@ -107,10 +107,12 @@ class SafetensorsSource final : public LayerSource {
   explicit SafetensorsSource(Folder folder)
       : folder_(std::move(folder)),
         layers_(find_layers(folder_.tensors, folder_.config.row.gate_bias_selects, folder_.config.layers)) {
-    if (!layers_.empty()) return;
-    throw Error(Reason::family_unknown,
-                fmt::format("{}: none of {} tensors is named like an expert's (...layers.N....experts...); known: {}",
-                            folder_.path.string(), folder_.tensors.size(), family_names()));
+    if (layers_.empty()) {
+      throw Error(Reason::family_unknown,
+                  fmt::format("{}: none of {} tensors is named like an expert's (...layers.N....experts...); known: {}",
+                              folder_.path.string(), folder_.tensors.size(), family_names()));
+    }
+    if (folder_.config.row.generic) refuse_selection_bias();
   }
 
   std::vector<i32> layers() const override {
@@ -152,6 +154,16 @@ class SafetensorsSource final : public LayerSource {
   }
 
  private:
+  // Plain softmax has no selection bias: a model that has one scores its experts in another way.
+  void refuse_selection_bias() const {
+    for (const LayerTensors& layer : layers_) {
+      if (layer.selection_bias == nullptr) continue;
+      throw Error(Reason::family_unknown,
+                  fmt::format("{}: model_type {} is not known and routes with {}; known: {}", folder_.config.file,
+                              quote(folder_.config.family), where(layer.selection_bias), family_names()));
+    }
+  }
+
   const LayerTensors& find(i32 index) const {
     for (const LayerTensors& layer : layers_) {
       if (layer.index == index) return layer;
