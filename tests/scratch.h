@@ -40,6 +40,7 @@ inline std::string read_file(const std::filesystem::path& path) {
 }
 
 inline void write_file(const std::filesystem::path& path, const std::string& bytes) {
+  std::filesystem::remove(path);  // ext4 flushes a file that was cut to 0 and written again
   std::ofstream(path, std::ios::binary) << bytes;
 }
 
