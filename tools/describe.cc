@@ -57,7 +57,7 @@ std::string steps_words(const plan::Plan& plan) {
 std::string choice_words(const plan::Plan& plan, const Machine& machine) {
   std::string words;
   for (const Step* step : plan.steps) {
-    if (step->describe == nullptr || step->room == "host") continue;
+    if (step->describe == nullptr || !step->in_room()) continue;
     const std::string choice = step->describe(plan.problem, machine);
     if (choice.empty() || words.find(choice) != std::string::npos) continue;
     words += (words.empty() ? "" : ", ") + choice;

@@ -18,7 +18,7 @@ std::vector<std::string> backend_names() {
   std::vector<std::string> names = {"auto"};
   for (const Step* step : backends::list()) {
     const std::string room(step->room);
-    if (room != "host" && std::find(names.begin(), names.end(), room) == names.end()) names.push_back(room);
+    if (step->in_room() && std::find(names.begin(), names.end(), room) == names.end()) names.push_back(room);
   }
   return names;
 }

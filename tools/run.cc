@@ -244,7 +244,7 @@ std::string backend_words(const Options& options, const plan::Plan& plan, i32 th
   if (options.backend == "auto") {
     why = "the first whose steps accept";
     for (const plan::Candidate& c : plan.candidates) {
-      if (c.chosen || c.step->room == "host") continue;
+      if (c.chosen || !c.step->in_room() || c.step->place != plan.steps.front()->place) continue;
       if (c.verdict.accepted()) break;
       why += fmt::format("; {} does not: {}", step_words(*c.step), c.verdict.detail);
     }
