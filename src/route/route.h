@@ -42,6 +42,10 @@ struct Out {
   u8* scales = nullptr;         // [slots, hidden/16] E4M3; null unless w4a4
 };
 
+// What pick says of a token that it refuses, on the host and on a device.
+Status refuse_logits(i32 token);
+Status refuse_id(i32 token, i32 position, i64 id, i32 experts);
+
 // Picks of every token. Reads In, writes Out::ids and Out::weights. Refuses NaN logits and ids out of range, naming the
 // token and the value.
 Status pick(const Problem& problem, const In& in, i32 tokens, Executor& executor, const Out& out);
