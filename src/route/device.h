@@ -38,6 +38,8 @@ struct DeviceSlots {
   u32* chunk_counts = nullptr;  // [sort_scratch_bytes]; nothing in it is kept between calls
 };
 
+inline constexpr i32 kMaxChunks = 128;  // of a call: every block reads the counts of all chunks
+
 // Bytes of DeviceSlots::chunk_counts for problem.max_tokens.
 i64 sort_scratch_bytes(const Problem& problem);
 

@@ -106,11 +106,6 @@ Status launch_few(const DeviceSlots& args, void* stream) {
 
 }  // namespace
 
-i64 sort_scratch_bytes(const Problem& problem) {
-  const i64 chunks = (i64{problem.max_tokens} * problem.top_k + kMinChunk - 1) / kMinChunk;
-  return std::min<i64>(chunks, kMaxChunks) * problem.local_experts * 4;
-}
-
 Status launch_pick(const DeviceSlots& args, void* stream) {
   const i32 warps = pick_warps(args.problem, kPickWarps);
   return gpu::launch("pick", pick_tokens,

@@ -8,7 +8,6 @@
 
 namespace fourmoe::route {
 
-inline constexpr i32 kMaxChunks = 128;  // of a call: every block reads the counts of all chunks
 inline constexpr i32 kMinChunk = 1024;  // picks
 
 struct Span {

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "case.h"
-#include "gpu/device.h"
+#include "gpu/hopper.h"
 #include "gpu/runtime.h"
 #include "mirror.h"
 
@@ -69,7 +69,7 @@ std::vector<Spec> specs() {
 class EveryCase : public testing::TestWithParam<Spec> {};
 
 TEST_P(EveryCase, IsWithinItsBoundOfTheReference) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Spec& s = GetParam();
   const Precision precision = s.problem.precision;
   const std::vector<f64> reference = cases::run(s, options(precision, -1));
@@ -98,7 +98,7 @@ class EveryPrecision : public testing::TestWithParam<Precision> {
 };
 
 TEST_P(EveryPrecision, IsBitwiseEqualFromRunToRun) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Spec s = usual(300);
   const cases::Call call(s);
   Layer l = layer(s);
@@ -110,7 +110,7 @@ TEST_P(EveryPrecision, IsBitwiseEqualFromRunToRun) {
 }
 
 TEST_P(EveryPrecision, ATokenDoesNotSeeItsBatch) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Spec s = usual(100);
   const cases::Call call(s);
   Layer l = layer(s);
@@ -129,7 +129,7 @@ TEST_P(EveryPrecision, ATokenDoesNotSeeItsBatch) {
 }
 
 TEST_P(EveryPrecision, RowsBeyondTheTokensAreUntouched) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Spec s = usual(5);
   const cases::Call call(s);
   Layer l = layer(s);
@@ -148,7 +148,7 @@ TEST_P(EveryPrecision, RowsBeyondTheTokensAreUntouched) {
 }
 
 TEST_P(EveryPrecision, DuplicatePicksCountTwiceAndMissingOnesNot) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   Spec s = usual(4);
   cases::Call twice(s);
   cases::Call once(s);
@@ -172,7 +172,7 @@ TEST_P(EveryPrecision, DuplicatePicksCountTwiceAndMissingOnesNot) {
 }
 
 TEST_P(EveryPrecision, ShardsOfTheExpertsSumToTheLayer) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Spec s = usual(9);
   const cases::Call call(s);
   std::vector<f64> sum(9 * s.problem.hidden, 0.0);
@@ -191,7 +191,7 @@ TEST_P(EveryPrecision, ShardsOfTheExpertsSumToTheLayer) {
 
 // The shared expert's output is combine's addend; the router's logits come from the checkpoint.
 TEST_P(EveryPrecision, SharedExpertsAndTheCheckpointsRouterAgreeWithTheHost) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Spec s = usual(11);
   checkpoint::Layer layer = cases::random_layer(s.problem, s.seed, false);
   checkpoint::Layer extra = cases::random_layer(cases::problem(96, 48, 1, 1), 77, false);
@@ -237,7 +237,7 @@ TEST_P(EveryPrecision, SharedExpertsAndTheCheckpointsRouterAgreeWithTheHost) {
 }
 
 TEST_P(EveryPrecision, RefitsInPlace) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Spec s = usual(20);
   const cases::Call call(s);
   Layer l = layer(s);
@@ -252,7 +252,7 @@ TEST_P(EveryPrecision, RefitsInPlace) {
 
 // One capture, 100 routings: sizes are known on the device alone.
 TEST_P(EveryPrecision, AGraphReplaysWithAnyRouting) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   Spec s = usual(40);
   cases::Call data(s);
   Layer l = layer(s);
@@ -298,7 +298,7 @@ INSTANTIATE_TEST_SUITE_P(Device, EveryPrecision, testing::Values(Precision::w4a1
 class BadCall : public testing::Test {
  protected:
   void SetUp() override {
-    FOURMOE_NEEDS_DEVICE();
+    FOURMOE_NEEDS_HOPPER();
     spec_ = spec(64, 48, 4, 2, 3);
     layer_ = std::make_unique<Layer>(cases::random_layer(spec_.problem, 1, false), options(Precision::w4a16));
     data_ = std::make_unique<cases::Call>(spec_);
@@ -384,7 +384,7 @@ TEST_F(BadCall, ACaptureWithoutAnyWorkspace) {
 }
 
 TEST(DeviceLayer, DeviceAndBackendMustAgree) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Spec s = spec(64, 48, 4, 2, 3);
   const auto make = [&](i32 device, const char* backend, format::Encoding encoding) {
     LayerOptions o = options(Precision::w4a16, device);

@@ -3,7 +3,7 @@
 
 #include "backends/sm90/tiles.h"
 #include "case.h"
-#include "gpu/device.h"
+#include "gpu/hopper.h"
 #include "weights/device_packed.h"
 
 namespace fourmoe::weights {
@@ -67,7 +67,7 @@ void spread_scales(std::vector<Expert>* experts) {
 class Packing : public testing::TestWithParam<Shape> {};
 
 TEST_P(Packing, EqualsTheHostsBitForBit) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   Problem p = cases::problem(GetParam().hidden, GetParam().inter, 3, 1);
   p.activation.kind = GetParam().activation;
   checkpoint::Layer layer = cases::random_layer(p, 5, false);
@@ -77,7 +77,7 @@ TEST_P(Packing, EqualsTheHostsBitForBit) {
 }
 
 TEST_P(Packing, RefitsInPlaceFromTheDevicesOwnMemory) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   Problem p = cases::problem(GetParam().hidden, GetParam().inter, 2, 1);
   p.activation.kind = GetParam().activation;
   DevicePacked packed(p, cases::random_layer(p, 5, false).experts, sm90::kPacking, 0, tbb_executor());
@@ -111,7 +111,7 @@ INSTANTIATE_TEST_SUITE_P(Device, Packing, testing::ValuesIn(kShapes), [](const a
 });
 
 TEST(PackingRefusal, WeightsOfAnotherShapeAreRefused) {
-  FOURMOE_NEEDS_DEVICE();
+  FOURMOE_NEEDS_HOPPER();
   const Problem p = cases::problem(64, 32, 2, 1);
   DevicePacked packed(p, cases::random_layer(p, 5, false).experts, sm90::kPacking, 0, tbb_executor());
   const Problem wider = cases::problem(64, 48, 2, 1);

@@ -7,11 +7,11 @@
 
 namespace fourmoe::cases {
 
-inline bool device_here() {
+inline bool hopper_here() {
   return !machine().devices.empty() && machine().devices[0].major == 9 && machine().devices[0].minor == 0;
 }
 
 }  // namespace fourmoe::cases
 
-#define FOURMOE_NEEDS_DEVICE() \
-  if (!fourmoe::cases::device_here()) GTEST_SKIP() << "needs a GPU of compute capability 9.0 as cuda:0"
+#define FOURMOE_NEEDS_HOPPER() \
+  if (!fourmoe::cases::hopper_here()) GTEST_SKIP() << "needs a GPU of compute capability 9.0 as cuda:0"
