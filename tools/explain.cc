@@ -20,6 +20,7 @@ struct Options {
   int layer = -1;
   int tokens = 1024;
   std::string backend = "auto";
+  std::string device;
   std::string precision = "w4a16";
   bool json = false;
 };
@@ -48,15 +49,16 @@ std::string verdict_words(const plan::Candidate& candidate) {
   return candidate.verdict.accepted() ? "accepts" : std::string(reason_name(candidate.verdict.reason));
 }
 
-std::string detail_words(const plan::Candidate& candidate, const Problem& problem) {
+std::string detail_words(const plan::Candidate& candidate, const Problem& problem, const Machine& target) {
   if (!candidate.verdict.accepted()) return candidate.verdict.detail;
-  return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, machine());
+  return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, target);
 }
 
 void print_text(const std::string& what, const plan::Plan& plan, const Status& status) {
   const Problem& p = plan.problem;
   Facts facts;
   facts.add("machine", machine_words(machine()));
+  for (const Device& device : machine().devices) facts.add("device", device_words(device));
   facts.add("layer", what);
   facts.add("problem", fmt::format("{}, {}, {}, {}", shape_words(p), activation_words(p.activation),
                                    format::encoding_name(p.encoding), precision_name(p.precision)));
@@ -71,7 +73,7 @@ void print_text(const std::string& what, const plan::Plan& plan, const Status& s
   fmt::print("{}\n", facts.text());
   Table table({"step", "stages", "verdict", "detail"});
   for (const plan::Candidate& c : plan.candidates) {
-    table.add({step_words(*c.step), span_words(c.step->span), verdict_words(c), detail_words(c, p)});
+    table.add({step_words(*c.step), span_words(c.step->span), verdict_words(c), detail_words(c, p, plan.machine)});
   }
   fmt::print("{}", table.text());
 }
@@ -84,7 +86,7 @@ Json plan_json(const std::string& what, const plan::Plan& plan, const Status& st
                      {"accepted", c.verdict.accepted()},
                      {"chosen", c.chosen},
                      {"reason", reason_name(c.verdict.reason)},
-                     {"detail", detail_words(c, plan.problem)}});
+                     {"detail", detail_words(c, plan.problem, plan.machine)}});
   }
   Json json = {{"machine", machine_json(machine())},
                {"layer", what},
@@ -108,7 +110,9 @@ int run(const Options& options) {
   problem.precision = parse_precision(options.precision);
   problem.max_tokens = options.tokens;
   plan::Plan plan;
-  const Status status = plan::make(problem, machine(), {options.backend, {}}, &plan);
+  Machine target = machine();
+  target.device = device_of(options.device, options.backend);
+  const Status status = plan::make(problem, target, {options.backend, {}}, &plan);
   if (options.json) print_json(plan_json(what, plan, status));
   else print_text(what, plan, status);
   std::fflush(stdout);
@@ -128,6 +132,7 @@ Command add_explain(CLI::App& app) {
       ->check(within(0, 1 << 24))
       ->capture_default_str();
   add_backend(sub, &options->backend);
+  add_device(sub, &options->device);
   add_precision(sub, &options->precision);
   sub->add_flag("--json", options->json, "print one JSON object");
   sub->footer(
