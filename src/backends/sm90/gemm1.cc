@@ -45,8 +45,8 @@ Gemm1 bind(const Args& args, const Scratch& scratch) {
   call.experts = problem.local_experts;
   call.hidden = problem.hidden;
   call.inter = problem.inter;
-  call.max_slots = problem.max_tokens * problem.top_k;
-  call.expected_slots = args.tokens * problem.top_k;
+  call.max_slots = i64{problem.max_tokens} * problem.top_k;
+  call.expected_slots = i64{args.tokens} * problem.top_k;
   call.activation = problem.activation;
   return call;
 }
@@ -71,7 +71,7 @@ Status run(const Bound& bound) {
     const Args& args = *bound.args;
     Scratch scratch;
     carve(*args.problem, bound.scratch, &scratch);
-    Status status = launch(bind(args, scratch), *device_of(*args.machine), args.stream);
+    Status status = launch(bind(args, scratch), device_of(*args.machine)->sms, args.stream);
     return status.ok() && scratch.wide != nullptr ? quantise(args, scratch) : status;
   }
 }

@@ -2,6 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "backends/sm90/atom.h"
 
 namespace fourmoe::sm90 {
@@ -59,6 +62,14 @@ void pack_tile(const format::Matrix* gate, const format::Matrix& up, int row, in
 }
 
 }  // namespace
+
+int choose(i32 experts, i64 slots) {
+  const f64 hit = experts * (1.0 - std::exp(-static_cast<f64>(slots) / experts));  // experts with slots, expected
+  const f64 mean = static_cast<f64>(slots) / std::max(hit, 1.0);
+  int best = 0;
+  for (int i = 1; i < kTileShapeCount && kTileShapes[best].sizes[0] < mean * 1.5; ++i) best = i;
+  return best;
+}
 
 void pack(const format::Matrix* gate, const format::Matrix& up, u8* blob) {
   const int rows = gate == nullptr ? up.rows : 2 * up.rows;
