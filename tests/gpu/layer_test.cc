@@ -406,5 +406,30 @@ TEST(DeviceLayer, DeviceAndBackendMustAgree) {
   EXPECT_NE(make(0, "auto", format::Encoding::mxfp4).find("weights are mxfp4; nvfp4 would pass"), std::string::npos);
 }
 
+TEST(DeviceLayer, DenseSharedExpertsAndRoutersOf8BitsAreRefused) {
+  FOURMOE_NEEDS_HOPPER();
+  const auto make = [](const checkpoint::Layer& layer) {
+    try {
+      Layer(layer, options(Precision::w4a16));
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const Spec s = spec(64, 48, 4, 2, 3);
+  checkpoint::Layer layer = cases::random_layer(s.problem, 1, false);
+  Problem dense = cases::problem(64, 32, 1, 1);
+  dense.encoding = format::Encoding::bf16;
+  checkpoint::Layer extra = cases::random_layer(dense, 2, false);
+  layer.shared = checkpoint::Layer::Shared{dense, extra.experts[0], {}};
+  EXPECT_NE(make(layer).find("shared experts: "), std::string::npos) << make(layer);
+  EXPECT_NE(make(layer).find("weights are bf16; nvfp4 would pass"), std::string::npos) << make(layer);
+  layer.shared.reset();
+  EXPECT_EQ(make(layer), "");
+  layer.router = extra.experts[0].up;
+  layer.router.encoding = format::Encoding::fp8;
+  EXPECT_NE(make(layer).find("router is fp8; on a GPU bf16, f16 or f32 would pass"), std::string::npos) << make(layer);
+}
+
 }  // namespace
 }  // namespace fourmoe

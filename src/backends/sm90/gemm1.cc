@@ -15,6 +15,8 @@ struct Scratch {
   u8* scales = nullptr;  // [slots, inter/16]
 };
 
+// Functions that only a build with CUDA uses are marked; all builds compile them.
+
 i64 carve(const Problem& problem, std::byte* memory, Scratch* scratch) {
   if (problem.precision != Precision::w4a4) return 0;
   const i64 values = i64{problem.max_tokens} * problem.top_k * problem.inter;
@@ -30,7 +32,7 @@ i64 bytes(const Problem& problem, const Machine&) {
   return carve(problem, nullptr, &unused);
 }
 
-Gemm1 bind(const Args& args, const Scratch& scratch) {
+[[maybe_unused]] Gemm1 bind(const Args& args, const Scratch& scratch) {
   const Problem& problem = *args.problem;
   const weights::DeviceTable& table = *args.weights.device;
   Gemm1 call;
@@ -51,7 +53,7 @@ Gemm1 bind(const Args& args, const Scratch& scratch) {
   return call;
 }
 
-Status quantise(const Args& args, const Scratch& scratch) {
+[[maybe_unused]] Status quantise(const Args& args, const Scratch& scratch) {
   route::DeviceRows rows;
   rows.problem = *args.problem;
   rows.tokens = args.tokens;
