@@ -214,9 +214,10 @@ void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int m
         layer.gemm2(rs[i], tile, true, stream);
       });
       const f64 t1 = first.microseconds(), t2 = second.microseconds(), t = both.microseconds();
-      std::printf("{\"part\": \"gemms\", \"shape\": \"%s\", \"tokens\": %d, \"active\": %.1f, \"tile\": %d, "
-                  "\"gemm1_us\": %.1f, \"gemm2_us\": %.1f, \"both_us\": %.1f, \"TBps\": %.3f, \"TFLOPs\": %.1f}\n",
-                  s.name, batch[b], active, tile, t1, t2, t, bytes / t * 1e-6, flops / t * 1e-6);
+      std::printf(
+          "{\"part\": \"gemms\", \"shape\": \"%s\", \"tokens\": %d, \"active\": %.1f, \"tile\": %d, "
+          "\"gemm1_us\": %.1f, \"gemm2_us\": %.1f, \"both_us\": %.1f, \"TBps\": %.3f, \"TFLOPs\": %.1f}\n",
+          s.name, batch[b], active, tile, t1, t2, t, bytes / t * 1e-6, flops / t * 1e-6);
       std::fflush(stdout);
     }
   }
