@@ -1,5 +1,5 @@
-// The two GEMMs of the Hopper room, timed for every tile shape: gemm1 and gemm2 in one CUDA graph, as many layers in
-// turn as it takes to leave the L2 cold. One JSON object a line.
+// The two GEMMs of the Hopper room, timed: gemm1, gemm2 and both in a CUDA graph, as many layers in turn as it takes to
+// leave the L2 cold. One JSON object a line.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -131,51 +131,65 @@ class Layer {
   DeviceVector<f32> z_;
 };
 
-// Median over replays of a graph that holds `layers` calls of body(i, stream); microseconds a call.
-f64 microseconds(int layers, const std::function<void(int, cudaStream_t)>& body) {
-  cudaStream_t stream;
-  require(cudaStreamCreate(&stream), "stream");
-  cudaGraph_t graph;
-  cudaGraphExec_t replay;
-  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (int i = 0; i < layers; ++i) body(i, stream);
-  require(cudaStreamEndCapture(stream, &graph), "capture");
-  require(cudaGraphInstantiate(&replay, graph, 0), "graph");
-  cudaEvent_t begin, end;
-  require(cudaEventCreate(&begin), "event");
-  require(cudaEventCreate(&end), "event");
-  std::vector<f64> times;
-  f64 spent = 0;
-  for (int i = 0; i < 13 && (spent < 60000 || i < 4); ++i) {
-    require(cudaEventRecord(begin, stream), "record");
-    require(cudaGraphLaunch(replay, stream), "replay");
-    require(cudaEventRecord(end, stream), "record");
-    require(cudaEventSynchronize(end), "replay");
-    f32 milliseconds;
-    require(cudaEventElapsedTime(&milliseconds, begin, end), "elapsed");
-    if (i > 0) times.push_back(milliseconds * 1000 / layers);
-    spent += milliseconds * 1000;
+// A graph of `layers` calls of body(i, stream), replayed.
+class Replay {
+ public:
+  Replay(int layers, const std::function<void(int, cudaStream_t)>& body) : layers_(layers) {
+    require(cudaStreamCreate(&stream_), "stream");
+    require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
+    for (int i = 0; i < layers; ++i) body(i, stream_);
+    require(cudaStreamEndCapture(stream_, &graph_), "capture");
+    require(cudaGraphInstantiate(&replay_, graph_, 0), "graph");
+    require(cudaEventCreate(&begin_), "event");
+    require(cudaEventCreate(&end_), "event");
   }
-  cudaGraphExecDestroy(replay), cudaGraphDestroy(graph), cudaEventDestroy(begin), cudaEventDestroy(end);
-  cudaStreamDestroy(stream);
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
-}
+  Replay(const Replay&) = delete;
+  ~Replay() {
+    cudaGraphExecDestroy(replay_), cudaGraphDestroy(graph_), cudaEventDestroy(begin_), cudaEventDestroy(end_);
+    cudaStreamDestroy(stream_);
+  }
+
+  // Median microseconds a call, once the card has worked for a while: clocks fall under load within milliseconds, and
+  // a launch after a pause runs up to a third faster than a server ever sees.
+  f64 microseconds() const {
+    for (f64 spent = 0; spent < 120e3;) spent += once();
+    std::vector<f64> times;
+    for (f64 spent = 0; spent < 80e3 || times.size() < 5; spent += times.back()) times.push_back(once());
+    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+    return times[times.size() / 2] / layers_;
+  }
+
+ private:
+  f64 once() const {
+    require(cudaEventRecord(begin_, stream_), "record");
+    require(cudaGraphLaunch(replay_, stream_), "replay");
+    require(cudaEventRecord(end_, stream_), "record");
+    require(cudaEventSynchronize(end_), "replay");
+    f32 milliseconds;
+    require(cudaEventElapsedTime(&milliseconds, begin_, end_), "elapsed");
+    return milliseconds * 1000;
+  }
+  int layers_;
+  cudaStream_t stream_;
+  cudaGraph_t graph_;
+  cudaGraphExec_t replay_;
+  cudaEvent_t begin_, end_;
+};
 
 // Worth timing: neither far too narrow nor far too wide for this many slots an expert.
 bool fits(const TileShape& tile, f64 mean) { return tile.sizes[0] >= mean / 2 && tile.sizes[0] <= 16 * mean + 24; }
 
-// What a command line picks; everything by default.
+// What a command line picks: all shapes and token counts, the tile that is chosen for each.
 struct Choice {
   std::string shape;
   int tokens = -1;
-  int tile = -2;
+  bool sweep = false;  // every tile that fits
 };
 
 void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int multiprocessors) {
   if (!choice.shape.empty() && choice.shape != s.name) return;
   if (choice.tokens >= 0) batch = {choice.tokens};
-  const auto layers_of = [](int tokens) { return tokens <= 8 ? 8 : tokens <= 64 ? 3 : 1; };
+  const auto layers_of = [](int tokens) { return tokens <= 8 ? 8 : tokens <= 64 ? 3 : 1; };  // cold weights each
   std::vector<std::vector<Routing>> all;
   i64 max_slots = 0;
   for (const int tokens : batch) {
@@ -191,25 +205,19 @@ void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int m
     f64 active = 0;
     for (const Routing& r : rs) active += f64(r.active) / layers;
     const f64 picks = rs[0].begin.back(), bytes = active * weights * 0.5625, flops = 2 * picks * weights;
-    for (int tile = -1; tile < kTileShapeCount; ++tile) {
-      if (choice.tile >= -1 ? tile != choice.tile : tile >= 0 && !fits(kTileShapes[tile], picks / active)) continue;
-      const f64 t1 = microseconds(layers, [&](int i, cudaStream_t st) { layer.gemm1(rs[i], tile, st); });
-      const f64 t2 = microseconds(layers, [&](int i, cudaStream_t st) { layer.gemm2(rs[i], tile, false, st); });
-      const f64 apart = microseconds(layers, [&](int i, cudaStream_t st) {
-        layer.gemm1(rs[i], tile, st);
-        layer.gemm2(rs[i], tile, false, st);
+    for (int tile = -1; tile < (choice.sweep ? kTileShapeCount : 0); ++tile) {
+      if (tile >= 0 && !fits(kTileShapes[tile], picks / active)) continue;
+      const Replay first(layers, [&](int i, cudaStream_t stream) { layer.gemm1(rs[i], tile, stream); });
+      const Replay second(layers, [&](int i, cudaStream_t stream) { layer.gemm2(rs[i], tile, false, stream); });
+      const Replay both(layers, [&](int i, cudaStream_t stream) {
+        layer.gemm1(rs[i], tile, stream);
+        layer.gemm2(rs[i], tile, true, stream);
       });
-      const f64 both = microseconds(layers, [&](int i, cudaStream_t st) {
-        layer.gemm1(rs[i], tile, st);
-        layer.gemm2(rs[i], tile, true, st);
-      });
-      const TileShape shape = tile < 0 ? TileShape{} : kTileShapes[tile];
+      const f64 t1 = first.microseconds(), t2 = second.microseconds(), t = both.microseconds();
       std::printf(
-          "{\"part\": \"gemms\", \"shape\": \"%s\", \"tokens\": %d, \"active\": %.1f, \"tile\": %d, \"most\": %d, "
-          "\"groups\": %d, \"rows\": %d, \"split\": %d, \"gemm1_us\": %.1f, \"gemm2_us\": %.1f, "
-          "\"apart_us\": %.1f, \"both_us\": %.1f, \"TBps\": %.3f, \"TFLOPs\": %.1f}\n",
-          s.name, batch[b], active, tile, shape.sizes[0], shape.groups, shape.rows, shape.split, t1, t2, apart, both,
-          bytes / both * 1e-6, flops / both * 1e-6);
+          "{\"part\": \"gemms\", \"shape\": \"%s\", \"tokens\": %d, \"active\": %.1f, \"tile\": %d, "
+          "\"gemm1_us\": %.1f, \"gemm2_us\": %.1f, \"both_us\": %.1f, \"TBps\": %.3f, \"TFLOPs\": %.1f}\n",
+          s.name, batch[b], active, tile, t1, t2, t, bytes / t * 1e-6, flops / t * 1e-6);
       std::fflush(stdout);
     }
   }
@@ -220,21 +228,24 @@ int run(const Choice& choice) {
   require(cudaGetDeviceProperties(&device, 0), "device");
   const int sms = device.multiProcessorCount;
   std::printf("{\"part\": \"device\", \"name\": \"%s\"}\n", device.name);
-  measure({"dsv3", 7168, 2048, 256, 8}, {1, 8, 64, 512, 1024, 8192}, choice, sms);
-  measure({"qwen3-235b", 4096, 1536, 128, 8}, {1, 8, 64, 512, 8192, 32768}, choice, sms);
-  measure({"v4-flash", 4096, 2048, 256, 6}, {1, 8, 64}, choice, sms);
-  measure({"qwen3-30b", 2048, 768, 128, 8}, {1, 8, 64, 512, 4096}, choice, sms);
+  const std::vector<int> all = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768};
+  const std::vector<int> up_to_8192(all.begin(), all.end() - 1);  // beside 11 GB of weights
+  measure({"dsv3", 7168, 2048, 256, 8}, up_to_8192, choice, sms);
+  measure({"qwen3-235b", 4096, 1536, 128, 8}, all, choice, sms);
+  measure({"v4-flash", 4096, 2048, 256, 6}, all, choice, sms);
+  measure({"qwen3-30b", 2048, 768, 128, 8}, all, choice, sms);
+  measure({"nemotron3-nano", 2688, 1856, 128, 6, false}, all, choice, sms);
   return 0;
 }
 
 }  // namespace
 }  // namespace fourmoe
 
-// gemms [SHAPE [TOKENS [TILE]]]
+// gemms [sweep] [SHAPE [TOKENS]]
 int main(int argc, char** argv) {
   fourmoe::Choice choice;
+  if (argc > 1 && std::string(argv[1]) == "sweep") choice.sweep = true, --argc, ++argv;
   if (argc > 1) choice.shape = argv[1];
   if (argc > 2) choice.tokens = std::atoi(argv[2]);
-  if (argc > 3) choice.tile = std::atoi(argv[3]);
   return fourmoe::run(choice);
 }

@@ -12,7 +12,8 @@ Status launch(const Gemm2& call, i32 multiprocessors, void* stream) {
   operands.steps = k_steps(call.inter);
   operands.early_weights = call.follows_gemm1;
   const Project epilogue{call.globals, call.bias, call.z, call.hidden};
-  const int tile = call.tile >= 0 ? call.tile : choose(call.experts, call.expected_slots);
+  const int tile =
+      call.tile >= 0 ? call.tile : choose(operands.row_tiles, call.experts, call.expected_slots, multiprocessors);
   return launch_tile(tile, {call.rows, call.max_slots, call.inter}, operands, epilogue, multiprocessors, stream);
 }
 

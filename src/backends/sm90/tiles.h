@@ -55,10 +55,12 @@ inline constexpr TileShape kTileShapes[] = {
     {2, 2, 4, false, {128, 96, 64, 48, 32, 16}},
     {2, 1, 3, false, {256, 192, 128, 96, 64, 32}},
 };
+inline constexpr int kSplitTile = 0;
+inline constexpr int kNarrowTile = 1;
 inline constexpr int kTileShapeCount = static_cast<int>(std::size(kTileShapes));
 
-// The shape for a launch over `slots` slots that fall on `experts` experts at random.
-int choose(i32 experts, i64 slots);
+// The shape for a launch of `row_tiles` tiles of 64 rows over `slots` slots that fall on `experts` experts at random.
+int choose(i32 row_tiles, i32 experts, i64 slots, i32 multiprocessors);
 
 template <int kTile>
 struct Tiles {

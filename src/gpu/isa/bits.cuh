@@ -32,10 +32,12 @@ __device__ __forceinline__ uint2 load_shared_8(u32 address) {
   return v;
 }
 
-// base + bytes, computed here and not before: in an unrolled loop the compiler would hold all addresses at once.
+// base + bytes in global memory, computed here and not before: in an unrolled loop the compiler would hold all
+// addresses at once.
 template <class T>
 __device__ __forceinline__ T* advance(T* base, i64 bytes) {
   asm volatile("add.s64 %0, %0, %1;" : "+l"(base) : "l"(bytes));
+  __builtin_assume(__isGlobal(base));
   return base;
 }
 
