@@ -10,15 +10,16 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
 cmake -S . -B "$build" -G Ninja --log-level=WARNING -DFOURMOE_CUDA=ON > "$build/log"
-cmake --build "$build" --target fourmoe_gpu_tests fourmoe_tool fourmoe_bench_gemms > "$build/log" 2>&1 ||
+cmake --build "$build" --target fourmoe_gpu_tests fourmoe_gpu_api_tests fourmoe_tool fourmoe_bench_gemms > "$build/log" 2>&1 ||
   { grep -A 20 FAILED "$build/log" >&2; exit 1; }
 
 echo "== tests"
 "$build/tests/fourmoe_gpu_tests" --gtest_brief=1
+"$build/tests/fourmoe_gpu_api_tests" --gtest_brief=1
 for tool in memcheck racecheck synccheck initcheck; do
   echo "== $tool"
   timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 \
-    --gtest_filter='*Small*' | tail -n 1
+    --gtest_filter='*Small*:*EveryPrecision.Shared*:*EveryPrecision.Duplicate*:*EveryPrecision.Refit*' | tail -n 1
 done
 
 echo "== a layer of the shipped model"
