@@ -2,7 +2,9 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <thread>
 
 #include "case.h"
 #include "gpu/hopper.h"
@@ -288,6 +290,40 @@ TEST_P(EveryPrecision, AGraphReplaysWithAnyRouting) {
     throw_unless_ok(cases::run_mirrored(&l, other.view(&direct, Dtype::f32)));
     ASSERT_EQ(replayed, direct) << round;
   }
+}
+
+// Calls without a workspace share the layer's own: streams of several threads must not overlap in it.
+TEST_P(EveryPrecision, ThreadsWithStreamsOfTheirOwnTakeTurns) {
+  FOURMOE_NEEDS_HOPPER();
+  Layer l = layer(usual(100));
+  std::vector<std::thread> threads;
+  std::atomic<int> wrong{0};
+  for (u64 seed = 1; seed <= 4; ++seed) {
+    threads.emplace_back([&, seed] {
+      Spec s = usual(100);
+      s.seed = seed;
+      const cases::Call call(s);
+      std::vector<u8> output;
+      cases::Mirror mirror(l, call.view(&output, Dtype::f32));
+      gpu::OwnStream stream;
+      throw_unless_ok(gpu::OwnStream::make(&stream));
+      mirror.call().stream = stream.get();
+      std::vector<u8> first;
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        for (int burst = 0; burst < 5; ++burst) throw_unless_ok(l.run(mirror.call()));
+        throw_unless_ok(l.wait(stream.get()));
+        mirror.fetch();
+        if (first.empty()) first = output;
+        wrong += output != first;
+      }
+      Layer fresh = layer(usual(100));  // the same weights, for this thread alone
+      std::vector<u8> expected;
+      throw_unless_ok(cases::run_mirrored(&fresh, call.view(&expected, Dtype::f32)));
+      wrong += expected != first;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(Device, EveryPrecision, testing::Values(Precision::w4a16, Precision::w4a4),
