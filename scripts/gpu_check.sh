@@ -10,16 +10,20 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
 cmake -S . -B "$build" -G Ninja --log-level=WARNING -DFOURMOE_CUDA=ON > "$build/log"
-cmake --build "$build" --target fourmoe_gpu_tests fourmoe_gpu_api_tests fourmoe_tool fourmoe_bench_gemms > "$build/log" 2>&1 ||
+cmake --build "$build" --target fourmoe_gpu_tests fourmoe_gpu_api_tests fourmoe_tool \
+  fourmoe_bench_gemms fourmoe_bench_route > "$build/log" 2>&1 ||
   { grep -A 20 FAILED "$build/log" >&2; exit 1; }
 
 echo "== tests"
 "$build/tests/fourmoe_gpu_tests" --gtest_brief=1
 "$build/tests/fourmoe_gpu_api_tests" --gtest_brief=1
+# Of the GEMMs, of route and combine, of whole layers.
+few='*Small*:*EveryType*:*Refuse*:*Zero*:*LogitsAre*:*Ties*:*GraphOfAll*'
+few+=':*EveryPrecision.Shared*:*EveryPrecision.Duplicate*:*EveryPrecision.Refit*'
 for tool in memcheck racecheck synccheck initcheck; do
   echo "== $tool"
-  timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 \
-    --gtest_filter='*Small*:*EveryPrecision.Shared*:*EveryPrecision.Duplicate*:*EveryPrecision.Refit*' | tail -n 1
+  timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 \
+    --gtest_filter="$few" | tail -n 1
 done
 
 echo "== a layer of the shipped model"
@@ -39,3 +43,7 @@ for shape in dsv3 qwen3-235b v4-flash qwen3-30b; do
   "$build/fourmoe" bench --shape "$shape" --backend sm90 --tokens 1,8,64,512 --seconds 0.5 \
     --output "$out/sm90-layer-$shape.json"
 done
+
+echo "== speed of route and combine"
+"$build/fourmoe_bench_route" > "$build/route_rows"
+python3 bench/gpu/record.py "$build/route_rows" --output "$out/gpu-route.json"
