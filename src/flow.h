@@ -111,7 +111,8 @@ struct Problem {
   format::Dtype activations = format::Dtype::bf16;      // bf16 or f16: rounding of tokens and intermediate in w4a16
   i32 first_expert = 0;  // local experts are [first_expert, first_expert + local_experts)
   i32 local_experts = 0;
-  i32 max_tokens = 0;  // T: most tokens in one call, >= 0
+  i32 max_tokens = 0;            // T: most tokens in one call, >= 0
+  bool batch_invariant = false;  // a token's result may not depend, in any bit, on how many others there are
 };
 
 // Answer of can(): accepted, or a reason with a sentence that names the value that would pass.

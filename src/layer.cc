@@ -42,20 +42,31 @@ Plans make_plans(const checkpoint::Layer& weights, const LayerOptions& options, 
   Problem problem = weights.problem;
   problem.precision = options.precision;
   problem.max_tokens = options.max_tokens;
+  problem.batch_invariant = options.batch_invariant;
   problem.activations = activations;
   Machine target = machine();
   target.device = options.device;
   const plan::Request request{options.backend, options.pinned};
   plans.status = plan::make(problem, target, request, &plans.routed);
+  if (plans.status.ok() && problem.max_tokens > plan::kFewTokens) {
+    problem.max_tokens = plan::kFewTokens;
+    plans.status = plan::make(problem, target, request, &plans.few);
+    if (plans.few.steps == plans.routed.steps) plans.few.steps.clear();
+  }
   if (!plans.status.ok() || !weights.shared) return plans;
 
   problem = weights.shared->problem;
   problem.precision = format::is_fp4(problem.encoding) ? options.precision : Precision::w4a16;
   problem.max_tokens = options.max_tokens;
+  problem.batch_invariant = options.batch_invariant;
   problem.activations = activations;
   plans.status = plan::make(problem, target, request, &plans.shared);
   if (!plans.status.ok()) plans.status.detail = "shared experts: " + plans.status.detail;
   return plans;
+}
+
+const plan::Plan& plan_of(const Plans& plans, i64 tokens) {
+  return plans.few.steps.empty() || tokens > plan::kFewTokens ? plans.routed : plans.few;
 }
 
 }  // namespace
@@ -78,7 +89,7 @@ i64 Layer::Impl::lay_out(std::byte* base, Pass* pass) const {
   const Problem& problem = bf16.routed.problem;
   const i64 tokens = problem.max_tokens;
   Carver carver(base);
-  pass->plan.bytes = std::max(bf16.routed.workspace_bytes, bf16.shared.workspace_bytes);
+  pass->plan.bytes = std::max({bf16.routed.workspace_bytes, bf16.few.workspace_bytes, bf16.shared.workspace_bytes});
   pass->plan.data = carver.take<std::byte>(pass->plan.bytes);
   if (!weights.router.empty()) pass->logits = carver.take<f32>(tokens * problem.experts);
   if (weights.shared) {
@@ -107,6 +118,7 @@ Layer::Layer(Layer&&) noexcept = default;
 Layer& Layer::operator=(Layer&&) noexcept = default;
 
 const plan::Plan& Layer::plan() const { return impl_->bf16.routed; }
+const plan::Plan& Layer::plan(i64 tokens) const { return plan_of(impl_->bf16, tokens); }
 const checkpoint::Layer& Layer::weights() const { return impl_->weights; }
 
 i64 Layer::workspace_bytes() const {
@@ -195,7 +207,7 @@ Status Layer::Impl::run_pass(const LayerCall& call, i64 begin, i64 count, const 
   }
   if (call.picked_ids != nullptr) args.picked.ids = call.picked_ids + begin * problem.top_k;
   if (call.picked_weights != nullptr) args.picked.weights = call.picked_weights + begin * problem.top_k;
-  return plan::run(plans.routed, args, pass.plan);
+  return plan::run(plan_of(plans, count), args, pass.plan);
 }
 
 Status Layer::Impl::run_passes(const LayerCall& call, Workspace workspace) {

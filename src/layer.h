@@ -17,6 +17,7 @@ struct LayerOptions {
   Precision precision = Precision::w4a16;
   i32 device = -1;               // an index into machine().devices: weights, tensors and work are on that GPU; -1: host
   i32 max_tokens = 1024;         // most tokens of one pass; run splits longer calls
+  bool batch_invariant = false;  // see Problem; costs the smallest calls on a GPU up to a fifth of their time
   Executor* executor = nullptr;  // null: the process's oneTBB executor
 };
 
@@ -42,7 +43,8 @@ class Layer {
   Layer(Layer&&) noexcept;
   Layer& operator=(Layer&&) noexcept;
 
-  const plan::Plan& plan() const;  // of the routed experts
+  const plan::Plan& plan() const;            // of the routed experts, for calls of max_tokens
+  const plan::Plan& plan(i64 tokens) const;  // for calls of so many
   const Problem& problem() const { return plan().problem; }
   const checkpoint::Layer& weights() const;
   i64 workspace_bytes() const;  // for one pass of max_tokens

@@ -10,6 +10,9 @@
 
 namespace fourmoe::plan {
 
+// Calls of so many tokens or fewer have a plan of their own: a step may serve them alone.
+inline constexpr i32 kFewTokens = 8;
+
 // What the caller asks for.
 struct Request {
   std::string backend = "auto";  // "auto", or a room: then only its steps and host bodies are taken

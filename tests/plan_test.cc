@@ -107,6 +107,18 @@ TEST(DevicePlan, IsAllOnTheDevice) {
   }
 }
 
+TEST(DevicePlan, FewTokensTakeOneStep) {
+  Problem p = usual();
+  p.max_tokens = 8;
+  Plan plan;
+  ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
+  EXPECT_EQ(steps(plan), "sm90.whole");
+  p.max_tokens = 9;
+  ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
+  EXPECT_EQ(steps(plan), "device.route sm90.gemm1 sm90.gemm2 device.combine");
+  EXPECT_NE(find(plan, "sm90", "whole").verdict.detail.find("up to 8 would pass"), std::string::npos);
+}
+
 TEST(DevicePlan, APlanForTheHostListsTheDevicesSteps) {
   Plan plan;
   ASSERT_TRUE(make(usual(), with_h200(-1), {}, &plan).ok());

@@ -341,6 +341,7 @@ Json report_json(const Report& r) {
          {"flops_per_second", flops},
          {"share_of_fma", nullptr},
          {"tokens_per_second", c.tokens / c.median()},
+         {"steps", steps_json(r.layer().plan(c.tokens))},
          {"command", repeat_words(r.options, c.tokens)}});
     if (r.device() == nullptr) cases_json.back()["share_of_fma"] = flops / r.ceilings.flops_per_second;
   }

@@ -54,7 +54,18 @@ std::string detail_words(const plan::Candidate& candidate, const Problem& proble
   return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, target);
 }
 
-void print_text(const std::string& what, const plan::Plan& plan, const Status& status) {
+// The plan of the smallest calls where it is another; without steps elsewhere.
+plan::Plan plan_few(const plan::Plan& plan, const std::string& backend) {
+  plan::Plan few;
+  if (plan.problem.max_tokens <= plan::kFewTokens) return few;
+  Problem problem = plan.problem;
+  problem.max_tokens = plan::kFewTokens;
+  throw_unless_ok(plan::make(problem, plan.machine, {backend, {}}, &few));
+  if (few.steps == plan.steps) few.steps.clear();
+  return few;
+}
+
+void print_text(const std::string& what, const plan::Plan& plan, const plan::Plan& few, const Status& status) {
   const Problem& p = plan.problem;
   Facts facts;
   facts.add("machine", machine_words(machine()));
@@ -66,6 +77,7 @@ void print_text(const std::string& what, const plan::Plan& plan, const Status& s
   facts.add("tokens", fmt::format("up to {}", p.max_tokens));
   if (status.ok()) {
     facts.add("plan", steps_words(plan));
+    if (!few.steps.empty()) facts.add(fmt::format("up to {} tokens", plan::kFewTokens), steps_words(few));
     facts.add("workspace", bytes_text(plan.workspace_bytes));
   } else {
     facts.add("plan", "none");
@@ -78,7 +90,7 @@ void print_text(const std::string& what, const plan::Plan& plan, const Status& s
   fmt::print("{}", table.text());
 }
 
-Json plan_json(const std::string& what, const plan::Plan& plan, const Status& status) {
+Json plan_json(const std::string& what, const plan::Plan& plan, const plan::Plan& few, const Status& status) {
   Json steps = Json::array();
   for (const plan::Candidate& c : plan.candidates) {
     steps.push_back({{"step", step_words(*c.step)},
@@ -96,6 +108,7 @@ Json plan_json(const std::string& what, const plan::Plan& plan, const Status& st
                {"workspace_bytes", nullptr}};
   if (status.ok()) {
     json["plan"] = steps_json(plan);
+    json["plan_few"] = few.steps.empty() ? Json(nullptr) : steps_json(few);
     json["workspace_bytes"] = plan.workspace_bytes;
   }
   return json;
@@ -113,8 +126,9 @@ int run(const Options& options) {
   Machine target = machine();
   target.device = device_of(options.device, options.backend);
   const Status status = plan::make(problem, target, {options.backend, {}}, &plan);
-  if (options.json) print_json(plan_json(what, plan, status));
-  else print_text(what, plan, status);
+  const plan::Plan few = status.ok() ? plan_few(plan, options.backend) : plan::Plan{};
+  if (options.json) print_json(plan_json(what, plan, few, status));
+  else print_text(what, plan, few, status);
   std::fflush(stdout);
   throw_unless_ok(status);
   return kSuccess;

@@ -136,6 +136,8 @@ typedef struct fourmoe_options {
   int32_t threads;                  /* 0: all; ignored with an executor */
   const fourmoe_executor* executor; /* null: a pool of the library; copied */
   const char* device;               /* "host" (also null), or "cuda:0", "cuda:1", ...: where the layer lives */
+  int32_t batch_invariant;          /* 1: a token's bits do not depend on how many others a call has */
+  int32_t unused;                   /* 0 */
 } fourmoe_options;
 
 /* One call. Give router_logits, or topk_ids with topk_weights, or neither: then the checkpoint's own router is used.

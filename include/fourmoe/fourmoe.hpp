@@ -40,9 +40,11 @@ struct Options {
   std::int32_t threads = 0;                    // 0: all
   const fourmoe_executor* executor = nullptr;  // a thread pool of the host program
   std::string device = "host";                 // or "cuda:0", ...
+  bool batch_invariant = false;                // a token's bits do not depend on how many others a call has
 
   fourmoe_options c() const {
-    return {sizeof(fourmoe_options), backend.c_str(), precision, max_tokens, threads, executor, device.c_str()};
+    return {sizeof(fourmoe_options), backend.c_str(), precision, max_tokens, threads, executor,
+            device.c_str(),          batch_invariant, 0};
   }
 };
 

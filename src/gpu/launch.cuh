@@ -42,9 +42,17 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* str
   return to_status(cudaLaunchKernelEx(&config, kernel, arguments...), "launch of a kernel");
 }
 
-// Tensor map of rows [count, columns] bf16, contiguous, in boxes of `box_rows` rows by 64 columns with the 128-byte
-// swizzle; what lies outside reads as zeros. rows: device memory, aligned to 16; columns a multiple of 8.
-Status map_rows(const u16* rows, i64 count, i32 columns, i32 box_rows, CUtensorMap* map);
+// Rows of bf16 in device memory, aligned to 16 bytes.
+struct MappedRows {
+  const u16* data;
+  i64 count;
+  i32 columns;  // a multiple of 8
+  i64 stride;   // elements between two rows, a multiple of 8
+};
+
+// Tensor map of `rows` in boxes of `box_rows` rows by 64 columns with the 128-byte swizzle; what lies outside reads as
+// zeros.
+Status map_rows(const MappedRows& rows, i32 box_rows, CUtensorMap* map);
 
 // Kernels of route and combine: one struct of arguments, and begin() first, so that they may all start early.
 

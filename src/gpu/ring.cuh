@@ -6,6 +6,7 @@
 #pragma once
 
 #include "gpu/isa/bulk.cuh"
+#include "gpu/isa/order.cuh"
 
 namespace fourmoe::gpu {
 
@@ -15,6 +16,14 @@ __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
   if (isa::barrier_try(barrier, parity)) return;
   const i64 begin = clock64();
   while (!isa::barrier_try(barrier, parity)) {
+    if (clock64() - begin > kWaitCycles) __trap();
+  }
+}
+
+// Until a counter in global memory that others raise has reached `count`; what they did before is visible then.
+__device__ __forceinline__ void wait_for_count(const i32* counter, i32 count) {
+  const i64 begin = clock64();
+  while (isa::load_acquire(counter) < count) {
     if (clock64() - begin > kWaitCycles) __trap();
   }
 }

@@ -130,6 +130,28 @@ TEST_P(EveryPrecision, ATokenDoesNotSeeItsBatch) {
   }
 }
 
+// Deep enough that the finest tiles would split K, were it allowed.
+TEST_P(EveryPrecision, ABatchInvariantTokenDoesNotSeeItsBatch) {
+  FOURMOE_NEEDS_HOPPER();
+  const Spec s = spec(2048, 1088, 8, 3, 100);
+  const cases::Call call(s);
+  LayerOptions how = options(GetParam());
+  how.batch_invariant = true;
+  Layer l(cases::random_layer(s.problem, s.seed, false), how);
+  std::vector<u8> output;
+  const std::vector<u8> batch = run(&l, call.view(&output, Dtype::f32), &output);
+  const i64 row = s.problem.hidden * 4;
+  for (const auto& [token, count] : {std::pair<i64, i64>{0, 1}, {11, 5}, {40, 30}}) {
+    LayerCall some = call.view(&output, Dtype::f32);
+    some.hidden.data = some.hidden.row(token);
+    some.ids.data = some.ids.row(token);
+    some.weights.data = some.weights.row(token);
+    some.hidden.rows = some.ids.rows = some.weights.rows = some.output.rows = count;
+    const std::vector<u8> alone = run(&l, some, &output);
+    EXPECT_TRUE(std::equal(alone.begin(), alone.begin() + count * row, batch.begin() + token * row)) << token;
+  }
+}
+
 TEST_P(EveryPrecision, RowsBeyondTheTokensAreUntouched) {
   FOURMOE_NEEDS_HOPPER();
   const Spec s = usual(5);

@@ -49,6 +49,7 @@ i64 bytes(const Problem& problem, const Machine&) {
   call.inter = problem.inter;
   call.max_slots = i64{problem.max_tokens} * problem.top_k;
   call.expected_slots = i64{args.tokens} * problem.top_k;
+  call.split = !problem.batch_invariant;
   call.activation = problem.activation;
   return call;
 }

@@ -18,7 +18,7 @@ struct Activate {
   f32* y_wide;  // [slots, inter]
   i32 inter;
 
-  template <int kSlots>
+  template <int kSlots, class Place>
   __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
     const int features = activation.gated() ? 8 : 16;  // of a warp's sixteen rows
     const int feature = (place.row_tile * 4 + threadIdx.x % 128 / 32) * features;
@@ -31,7 +31,7 @@ struct Activate {
   static __device__ f32 bias_of(const f32* bias, i64 index) { return bias == nullptr ? 0.0f : bias[index]; }
 
   // Kinds stand outside the loop over slots: inside it, unrolled, they would be a hundred kilobytes of code.
-  template <int kSlots>
+  template <int kSlots, class Place>
   __device__ void gated(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
     const i64 index = i64{place.expert} * inter + feature + threadIdx.x % 32 / 4;
     const f32 gate_scale = ldexpf(globals[2 * place.expert], -kProductExponent), gate_shift = bias_of(gate_bias, index);
@@ -53,7 +53,7 @@ struct Activate {
     }
   }
 
-  template <int kSlots>
+  template <int kSlots, class Place>
   __device__ void ungated(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
     const f32 scale = ldexpf(globals[2 * place.expert + 1], -kProductExponent);
 #pragma unroll
@@ -67,7 +67,7 @@ struct Activate {
   }
 
   // A warp's 8 features of all slots: value(4j + c) is feature g of slot 8j + 2t + c.
-  template <int kSlots, class Value>
+  template <int kSlots, class Place, class Value>
   __device__ void write(const Place& place, int feature, const Value& value) const {
     if (y == nullptr) return write_wide<kSlots>(place, feature, value);
     const int lane = threadIdx.x % 32;
@@ -76,20 +76,20 @@ struct Activate {
     for (int j = 0; j < kSlots / 8; ++j) {
       const __nv_bfloat162 pair = __floats2bfloat162_rn(value(4 * j), value(4 * j + 1));
       const u32 turned = gpu::isa::transpose(*reinterpret_cast<const u32*>(&pair));  // slot 8j + g, features 2t, 2t + 1
-      if (8 * j + lane / 4 < place.slots) *reinterpret_cast<u32*>(row) = turned;
+      if (place.uses(8 * j + lane / 4)) *reinterpret_cast<u32*>(row) = turned;
       row = gpu::isa::advance(row, i64{8} * inter * sizeof(u16));
     }
   }
 
-  template <int kSlots, class Value>
+  template <int kSlots, class Place, class Value>
   __device__ void write_wide(const Place& place, int feature, const Value& value) const {
     const int lane = threadIdx.x % 32;
     const int first = lane % 4 * 2;
     f32* row = y_wide + i64{place.slot + first} * inter + feature + lane / 4;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
-      if (first + 8 * j < place.slots) row[0] = value(4 * j);
-      if (first + 8 * j + 1 < place.slots) row[inter] = value(4 * j + 1);
+      if (place.uses(first + 8 * j)) row[0] = value(4 * j);
+      if (place.uses(first + 8 * j + 1)) row[inter] = value(4 * j + 1);
       row = gpu::isa::advance(row, i64{8} * inter * sizeof(f32));
     }
   }

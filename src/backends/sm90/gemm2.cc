@@ -25,6 +25,7 @@ Status run(const Bound& bound) {
     call.inter = problem.inter;
     call.max_slots = i64{problem.max_tokens} * problem.top_k;
     call.expected_slots = i64{args.tokens} * problem.top_k;
+    call.split = !problem.batch_invariant;
     call.follows_gemm1 = true;  // or, in w4a4, what quantises its result and reads the same expert_begin
     return launch(call, device_of(*args.machine)->sms, args.stream);
   }

@@ -11,7 +11,7 @@ struct Project {
   f32* z;              // [slots, hidden]; overwritten where slots are in use
   i32 hidden;
 
-  template <int kSlots>
+  template <int kSlots, class Place>
   __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
     const int lane = threadIdx.x % 32;
     const int row = place.row_tile * kTileRows + threadIdx.x % 128 / 32 * 16;  // hidden ends at a multiple of 16
@@ -24,7 +24,7 @@ struct Project {
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
       for (int c = 0; c < 2; ++c) {
-        if (first + 8 * j + c >= place.slots) continue;
+        if (!place.uses(first + 8 * j + c)) continue;
         out[c * hidden] = d[4 * j + c] * scale + shifts[0];
         out[c * hidden + 8] = d[4 * j + 2 + c] * scale + shifts[1];
       }

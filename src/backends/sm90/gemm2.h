@@ -21,6 +21,7 @@ struct Gemm2 {
   i64 max_slots = 0;
   i64 expected_slots = 0;      // of this call: chooses the tile, whatever it is the result is right
   bool follows_gemm1 = false;  // the launch before this one in the stream is gemm1 or has the same inputs but `rows`
+  bool split = true;           // K may be split where that is faster; sums then have an order of their own
   i32 tile = -1;               // of kTileShapes; -1: chosen
 };
 

@@ -61,20 +61,31 @@ void pack_tile(const format::Matrix* gate, const format::Matrix& up, int row, in
   }
 }
 
+// Experts that get slots, expected.
+f64 expected_hits(const Load& load) {
+  return load.experts * (1.0 - std::exp(-static_cast<f64>(load.slots) / load.experts));
+}
+
 }  // namespace
 
 // Measured on an H200 (bench/results, sweep of five layers by 15 token counts): the smallest launches want the finest
 // tiles, then 256 rows until 512 keep the card busy; wider tiles follow the slots that an expert has.
-int choose(i32 row_tiles, i32 experts, i64 slots, i32 multiprocessors) {
-  const f64 hit = experts * (1.0 - std::exp(-static_cast<f64>(slots) / experts));  // experts with slots, expected
-  const f64 mean = static_cast<f64>(slots) / std::max(hit, 1.0);
-  const f64 blocks = hit * row_tiles / 4 / multiprocessors;  // of 256 rows, a multiprocessor
-  if (mean <= 8 && blocks < 0.83) return kSplitTile;
+int choose(const Load& load, i32 multiprocessors) {
+  const f64 hits = expected_hits(load);
+  const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
+  const f64 blocks = hits * load.row_tiles / 4 / multiprocessors;  // of 256 rows, a multiprocessor
+  if (load.split && mean <= 8 && blocks < 0.83) return kSplitTile;
   if (mean <= 12) return blocks < 3.6 ? kNarrowTile : kNarrowTile + 1;
   constexpr f64 kMeans[] = {28, 48, 112};  // most slots an expert of the shapes that follow
   int tile = kNarrowTile + 2;
   for (const f64 most : kMeans) tile += mean > most ? 1 : 0;
   return tile;
+}
+
+// Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave.
+int choose_whole(const Load& load, i32 multiprocessors) {
+  const f64 blocks = expected_hits(load) * load.row_tiles / 4 / multiprocessors;
+  return load.split && blocks < 2.0 ? kWholeTile : blocks < 3.6 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
 void pack(const format::Matrix* gate, const format::Matrix& up, u8* blob) {

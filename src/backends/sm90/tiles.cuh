@@ -19,19 +19,12 @@
 
 namespace fourmoe::sm90 {
 
+// One GEMM's weights.
 struct Operands {
   const std::byte* const* blobs;  // [experts] packed weights of each expert
-  const i32* expert_begin;        // [experts + 1] first slot of each expert
   i32 experts;
-  i32 row_tiles;       // of one expert, 64 rows each
-  i32 steps;           // K steps, even
-  bool early_weights;  // the launch before this one makes the tokens only: weights may be fetched while it runs
-};
-
-// Tensor maps of the tokens, a map for each N of a kernel.
-template <class T>
-struct Maps {
-  CUtensorMap of[T::kWidths];
+  i32 row_tiles;  // of one expert, 64 rows each
+  i32 steps;      // K steps, even
 };
 
 // A row tile by slots as an epilogue sees it.
@@ -40,14 +33,17 @@ struct Place {
   int row_tile;
   int slot;   // the first
   int slots;  // in use
+
+  __device__ bool uses(int column) const { return column < slots; }
 };
 
 template <class T>
 struct Shared {
   typename T::Stage stages[T::kStages];
   gpu::Ring<T::kStages> ring;
-  gpu::Feed feed;
+  gpu::Feed<T::kFeed> feed;
   i32 expert_begin[gpu::kMaxExperts + 1];
+  i32 last[T::kGroups];  // what a warpgroup's first thread tells the others
   f32 partial[2][T::kSplit ? T::kGroups : 1][T::kSplit ? T::kRows * T::kMost / 2 : 1][128];  // sums of each group
 };
 
@@ -56,14 +52,24 @@ __device__ int row_blocks(const Operands& operands) {
   return (operands.row_tiles + T::kRowTiles - 1) / T::kRowTiles;
 }
 
+// The roles of a block. A Job says what they work on:
+//   const Operands& operands(int width)            the GEMM that tiles of this width belong to
+//   const CUtensorMap& tokens(int width)           its tokens, in boxes of size(width) rows
+//   int first_row(const gpu::Tile&)                of the tile's box
+//   void wait(const gpu::Tile&)                    until the tile's tokens are there; one warp
+//   void schedule(Shared<T>&)                      the scheduling warp
+//   void store<kWidth>(shared, tile, row_tile, d)  a warpgroup's sums of one row tile
+//   void prepare(shared), rest(shared)             all threads, before and after the roles; early_weights()
+
 // One warp: weights into the ring, a lane a row tile.
-template <class T>
-__device__ void load_weights(Shared<T>& shared, const Operands& operands) {
+template <class T, class Job>
+__device__ void load_weights(Shared<T>& shared, const Job& job) {
   static_assert(T::kRowTiles <= 32);
   const int lane = threadIdx.x % 32;
-  gpu::Reader reader(shared.feed);
+  gpu::Reader<T::kFeed> reader(shared.feed);
   gpu::Cursor<T::kStages> cursor;
   for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
+    const Operands& operands = job.operands(tile.width);
     const int rows = min(T::kRowTiles, operands.row_tiles - tile.row_block * T::kRowTiles);
     const i64 row = tile.row_block * T::kRowTiles + lane;
     const std::byte* from = operands.blobs[tile.expert] + row * operands.steps * kTileBytes;
@@ -79,23 +85,25 @@ __device__ void load_weights(Shared<T>& shared, const Operands& operands) {
 }
 
 // One warp: tokens into the ring, a lane a K step.
-template <class T>
-__device__ void load_tokens(Shared<T>& shared, const Maps<T>& maps, const Operands& operands) {
+template <class T, class Job>
+__device__ void load_tokens(Shared<T>& shared, const Job& job) {
   const int lane = threadIdx.x % 32;
-  gpu::Reader reader(shared.feed);
+  gpu::Reader<T::kFeed> reader(shared.feed);
   gpu::Cursor<T::kStages> cursor;
   gpu::isa::wait_for_earlier();
   for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
+    const int steps = job.operands(tile.width).steps;
     const u32 bytes = T::size(tile.width) * 128;
-    for (int step = 0; step < operands.steps; step += T::kDepth, cursor.advance()) {
-      const int depth = min(T::kDepth, operands.steps - step);
+    job.wait(tile);
+    for (int step = 0; step < steps; step += T::kDepth, cursor.advance()) {
+      const int depth = min(T::kDepth, steps - step);
       u64* full = &shared.ring.full[cursor.stage];
       gpu::wait(&shared.ring.empty[cursor.stage], cursor.lap ^ 1);
       if (lane == 0) gpu::isa::barrier_expect(full, depth * bytes);
       __syncwarp();
       if (lane >= depth) continue;
       u8* to = shared.stages[cursor.stage].tokens[lane];
-      gpu::isa::box_load(to, &maps.of[tile.width], (step + lane) * kTileColumns, tile.slot, full);
+      gpu::isa::box_load(to, &job.tokens(tile.width), (step + lane) * kTileColumns, job.first_row(tile), full);
     }
   }
 }
@@ -191,69 +199,88 @@ __device__ __forceinline__ bool join(Shared<T>& shared, int turn, int steps, f32
   return true;
 }
 
-// A warpgroup: the tiles of one N, each row tile's sums handed to the epilogue.
-template <class T, int kSlots, class Epilogue>
-__device__ __forceinline__ void consume(Shared<T>& shared, const Operands& operands, const Epilogue& epilogue,
-                                        gpu::Reader* reader, gpu::Cursor<T::kStages>* cursor, int width) {
+// A warpgroup: the tiles of one width, each row tile's sums handed to the job.
+template <class T, int kWidth, class Job>
+__device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, gpu::Reader<T::kFeed>* reader,
+                                        gpu::Cursor<T::kStages>* cursor, int* turn) {
+  constexpr int kSlots = T::size(kWidth);
 #pragma unroll 1
-  for (int turn = 0; reader->peek().width == width; ++turn, reader->pop()) {
+  for (; reader->peek().width == kWidth; reader->pop()) {
     f32 d[T::kRows][kSlots / 2];
-    multiply<T, kSlots>(shared, cursor, operands.steps, d);
+    multiply<T, kSlots>(shared, cursor, job.operands(kWidth).steps, d);
     if constexpr (T::kSplit) {
-      if (!join<T, kSlots>(shared, turn, operands.steps, d)) continue;
+      if (!join<T, kSlots>(shared, (*turn)++, job.operands(kWidth).steps, d)) continue;
     }
-    const int group = T::kSplit ? 0 : threadIdx.x / 128;
     const gpu::Tile& tile = reader->peek();
-    Place place{tile.expert, tile.row_block * T::kRowTiles + group * T::kRows, tile.slot, tile.slots};
+    int row_tile = tile.row_block * T::kRowTiles + (T::kSplit ? 0 : threadIdx.x / 128 * T::kRows);
 #pragma unroll
-    for (int r = 0; r < T::kRows; ++r, ++place.row_tile) {
-      if (place.row_tile < operands.row_tiles) epilogue.template store<kSlots>(place, d[r]);
+    for (int r = 0; r < T::kRows; ++r, ++row_tile) {
+      if (row_tile < job.operands(kWidth).row_tiles) job.template store<kWidth>(shared, tile, row_tile, d[r]);
     }
   }
 }
 
-// A warpgroup: all tiles, a loop for each N, as the schedule orders them.
-template <class T, class Epilogue, int... kWidths>
-__device__ __forceinline__ void consume(Shared<T>& shared, const Operands& operands, const Epilogue& epilogue,
-                                        std::integer_sequence<int, kWidths...>) {
-  gpu::Reader reader(shared.feed);
+// A warpgroup: all tiles, a loop for each width, as the schedule orders them.
+template <class T, class Job, int... kWidths>
+__device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, std::integer_sequence<int, kWidths...>) {
+  gpu::Reader<T::kFeed> reader(shared.feed);
   gpu::Cursor<T::kStages> cursor;
-  (consume<T, T::size(kWidths)>(shared, operands, epilogue, &reader, &cursor, kWidths), ...);
+  int turn = 0;  // tiles so far
+  (consume<T, kWidths>(shared, job, &reader, &cursor, &turn), ...);
 }
 
-// Barriers and the experts' slots, before the roles begin.
-template <class T>
-__device__ void prepare(Shared<T>& shared, const Operands& operands) {
+template <class T, class Job>
+__global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_constant__ Job job) {
+  extern __shared__ u8 raw[];
+  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(raw + (1024 - gpu::isa::shared_address(raw) % 1024) % 1024);
   if (threadIdx.x == 0) {
     shared.ring.init(2, T::kGroups * 4);
     shared.feed.ring.init(1, T::kGroups * 4 + 2);
   }
-  for (int e = threadIdx.x; e <= operands.experts; e += T::kThreads) shared.expert_begin[e] = operands.expert_begin[e];
-  __syncthreads();
-}
-
-template <class T, class Epilogue>
-__global__ void __launch_bounds__(T::kThreads, 1)
-    gemm(const __grid_constant__ Maps<T> maps, const __grid_constant__ Operands operands,
-         const __grid_constant__ Epilogue epilogue) {
-  extern __shared__ u8 raw[];
-  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(raw + (1024 - gpu::isa::shared_address(raw) % 1024) % 1024);
-  if (!operands.early_weights) gpu::isa::wait_for_earlier();
+  if (!job.early_weights()) gpu::isa::wait_for_earlier();
   gpu::isa::release_later();
-  prepare(shared, operands);
+  job.prepare(shared);
+  __syncthreads();
   const int warp = threadIdx.x / 32;
   if (warp < T::kGroups * 4) {
     gpu::isa::registers_take<T::kConsumerRegisters>();
-    consume(shared, operands, epilogue, std::make_integer_sequence<int, T::kWidths>());
+    consume(shared, job, std::make_integer_sequence<int, T::kWidths>());
+    job.rest(shared);
   } else {
     gpu::isa::registers_give<T::kLoaderRegisters>();
-    if (warp == T::kGroups * 4) load_weights<T>(shared, operands);
-    if (warp == T::kGroups * 4 + 1) load_tokens<T>(shared, maps, operands);
-    if (warp == T::kGroups * 4 + 2) {
-      gpu::Schedule<T>(shared.feed, shared.expert_begin, operands.experts, row_blocks<T>(operands)).run();
-    }
+    if (warp == T::kGroups * 4) load_weights<T>(shared, job);
+    if (warp == T::kGroups * 4 + 1) load_tokens<T>(shared, job);
+    if (warp == T::kGroups * 4 + 2) job.schedule(shared);
   }
 }
+
+// One GEMM over all slots: the job of gemm1 and gemm2.
+template <class T, class Epilogue>
+struct Product {
+  CUtensorMap maps[T::kWidths];
+  Operands weights;
+  const i32* expert_begin;  // [experts + 1] first slot of each expert
+  Epilogue epilogue;
+  bool early;  // the launch before this one makes the tokens only: weights may be fetched while it runs
+
+  __device__ const Operands& operands(int) const { return weights; }
+  __device__ const CUtensorMap& tokens(int width) const { return maps[width]; }
+  __device__ int first_row(const gpu::Tile& tile) const { return tile.slot; }
+  __device__ bool early_weights() const { return early; }
+  __device__ void wait(const gpu::Tile&) const {}
+  __device__ void rest(Shared<T>&) const {}
+  __device__ void prepare(Shared<T>& shared) const {
+    for (int e = threadIdx.x; e <= weights.experts; e += T::kThreads) shared.expert_begin[e] = expert_begin[e];
+  }
+  __device__ void schedule(Shared<T>& shared) const {
+    gpu::Schedule<T>(shared.feed, shared.expert_begin, weights.experts, row_blocks<T>(weights)).run();
+  }
+  template <int kWidth>
+  __device__ __forceinline__ void store(Shared<T>&, const gpu::Tile& tile, int row_tile,
+                                        f32 (&d)[T::size(kWidth) / 2]) const {
+    epilogue.template store<T::size(kWidth)>(Place{tile.expert, row_tile, tile.slot, tile.slots}, d);
+  }
+};
 
 template <class T>
 constexpr int shared_bytes() {
@@ -261,29 +288,29 @@ constexpr int shared_bytes() {
   return sizeof(Shared<T>) + 1024;  // the block's memory begins at a multiple of 16 only
 }
 
-// Rows [max_slots, columns] that a launch multiplies.
-struct Rows {
-  const u16* data;
-  i64 max_slots;
-  i32 columns;
+// One GEMM of a call.
+template <class Epilogue>
+struct Gemm {
+  gpu::MappedRows rows;
+  Operands weights;
+  const i32* expert_begin;
+  Epilogue epilogue;
+  bool early_weights;
 };
 
 // Enqueues the kernel of kTileShapes[tile].
-template <class Epilogue, int kTile = 0>
-Status launch_tile(int tile, const Rows& rows, const Operands& operands, const Epilogue& epilogue, i32 multiprocessors,
-                   void* stream) {
+template <int kTile = 0, class Epilogue>
+Status launch_tile(int tile, const Gemm<Epilogue>& gemm, i32 multiprocessors, void* stream) {
   if constexpr (kTile < kTileShapeCount) {
-    if (tile != kTile) {
-      return launch_tile<Epilogue, kTile + 1>(tile, rows, operands, epilogue, multiprocessors, stream);
-    }
+    if (tile != kTile) return launch_tile<kTile + 1>(tile, gemm, multiprocessors, stream);
     using T = Tiles<kTile>;
-    Maps<T> maps;
+    Product<T, Epilogue> job{{}, gemm.weights, gemm.expert_begin, gemm.epilogue, gemm.early_weights};
     for (int width = 0; width < T::kWidths; ++width) {
-      const Status status = gpu::map_rows(rows.data, rows.max_slots, rows.columns, T::size(width), &maps.of[width]);
+      const Status status = gpu::map_rows(gemm.rows, T::size(width), &job.maps[width]);
       if (!status.ok()) return status;
     }
     const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T>(), true};
-    return gpu::launch(gemm<T, Epilogue>, shape, stream, maps, operands, epilogue);
+    return gpu::launch(multiply_tiles<T, Product<T, Epilogue>>, shape, stream, job);
   } else {
     return refuse(Reason::internal, "no tile " + std::to_string(tile));
   }

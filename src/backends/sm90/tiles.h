@@ -43,6 +43,7 @@ struct TileShape {
   i32 stages;    // of the ring
   bool split;    // warpgroups share their row tiles and take turns at the K steps; sums are added in a fixed order
   i32 sizes[6];  // descending; 0 ends the list
+  i32 feed = 4;  // tiles known ahead, see gpu/schedule.cuh
 };
 
 // The shapes that are built; choose() and the benchmark name them by index.
@@ -54,13 +55,29 @@ inline constexpr TileShape kTileShapes[] = {
     {4, 1, 6, false, {64, 48, 40, 32, 24, 16}},
     {2, 2, 4, false, {128, 96, 64, 48, 32, 16}},
     {2, 1, 3, false, {256, 192, 128, 96, 64, 32}},
+    // Of one launch for the layer (whole.h); its two widths are the two GEMMs.
+    {4, 1, 7, true, {8, 8}, 2},
+    {4, 1, 8, false, {8, 8}, 2},
+    {4, 2, 5, false, {8, 8}, 2},
 };
 inline constexpr int kSplitTile = 0;
 inline constexpr int kNarrowTile = 1;
-inline constexpr int kTileShapeCount = static_cast<int>(std::size(kTileShapes));
+inline constexpr int kTileShapeCount = 7;           // for one GEMM
+inline constexpr int kWholeTile = kTileShapeCount;  // the first of those for a layer
 
-// The shape for a launch of `row_tiles` tiles of 64 rows over `slots` slots that fall on `experts` experts at random.
-int choose(i32 row_tiles, i32 experts, i64 slots, i32 multiprocessors);
+// What a launch has to do.
+struct Load {
+  i32 row_tiles;  // of 64 rows, of each expert
+  i32 experts;
+  i64 slots;   // that fall on the experts at random
+  bool split;  // K may be split: sums then have another order than those of wider tiles
+};
+
+// The shape for a GEMM.
+int choose(const Load& load, i32 multiprocessors);
+
+// The shape for a layer in one launch, by the load of gemm2.
+int choose_whole(const Load& load, i32 multiprocessors);
 
 template <int kTile>
 struct Tiles {
@@ -69,6 +86,7 @@ struct Tiles {
   static constexpr int kRows = kShape.rows;
   static constexpr int kStages = kShape.stages;
   static constexpr bool kSplit = kShape.split;
+  static constexpr int kFeed = kShape.feed;
   static constexpr int kMost = kShape.sizes[0];
   static constexpr int kWidths =
       static_cast<int>(std::find(std::begin(kShape.sizes), std::end(kShape.sizes), 0) - std::begin(kShape.sizes));

@@ -1,0 +1,24 @@
+// order: what one thread wrote before it said so, another sees after it heard (PTX ISA, memory consistency model).
+#pragma once
+
+#include "format/number.h"
+
+namespace fourmoe::gpu::isa {
+
+// Adds to a counter that others poll; this thread's earlier writes, and those it saw, come before.
+__device__ __forceinline__ i32 add_release(i32* counter, i32 value) {
+  i32 before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ i32 load_acquire(const i32* counter) {
+  i32 value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+// Orders ordinary accesses to global memory and those of the copy engine, in either direction.
+__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+}  // namespace fourmoe::gpu::isa
