@@ -15,7 +15,7 @@ namespace {
 
 constexpr format::Encoding kEncodings[] = {format::Encoding::nvfp4, format::Encoding::mxfp4, format::Encoding::bf16,
                                            format::Encoding::f16,   format::Encoding::f32,   format::Encoding::fp8};
-constexpr CpuLevel kLevels[] = {CpuLevel::portable, CpuLevel::avx2, CpuLevel::avx512};
+
 constexpr ActivationKind kActivations[] = {ActivationKind::swiglu, ActivationKind::swiglu_clamped,
                                            ActivationKind::geglu_erf, ActivationKind::geglu_tanh,
                                            ActivationKind::relu2};
@@ -46,7 +46,7 @@ bool accepts(const Step& step, const Problem& problem, CpuLevel level) {
 }
 
 // The last of the levels accepts what the others do.
-bool accepts(const Step& step, const Problem& problem) { return accepts(step, problem, CpuLevel::avx512); }
+bool accepts(const Step& step, const Problem& problem) { return accepts(step, problem, kCpuLevels.back()); }
 
 void append(std::string* words, std::string_view word) {
   *words += fmt::format("{}{}", words->empty() ? "" : ", ", word);
@@ -77,10 +77,10 @@ std::string activations(const Step& step) {
 std::string processors(const Step& step) {
   const Problem p = usual(Precision::w4a16, format::Encoding::nvfp4);
   std::string words;
-  for (const CpuLevel level : kLevels) {
+  for (const CpuLevel level : kCpuLevels) {
     if (accepts(step, p, level)) append(&words, cpu_level_name(level));
   }
-  if (step.describe == nullptr && words == "portable, avx2, avx512") return "any";
+  if (step.describe == nullptr && words == "portable, avx2, avx512, vnni, amx") return "any";
   return words.empty() ? "-" : words;
 }
 

@@ -197,7 +197,7 @@ class Run(Case):
     def test_backends_and_levels_agree(self):
         self.captured()
         outputs = {}
-        for level in ("portable", "avx2", "avx512", ""):
+        for level in ("portable", "avx2", "avx512", "vnni", "amx", ""):
             done = fourmoe(*self.arguments("--backend", "cpu"), FOURMOE_CPU_LEVEL=level)
             if "instruction_missing" in done.stderr:
                 continue
