@@ -16,6 +16,7 @@
 #include "progress.h"
 #include "quantity.h"
 #include "table.h"
+#include "weights/packed.h"
 
 namespace fourmoe::tools {
 namespace {
@@ -100,9 +101,50 @@ checkpoint::Layer random_weights(const Problem& p, const std::shared_ptr<Pool>& 
 struct Rotation {
   std::vector<std::unique_ptr<Layer>> layers;
   std::string weights;  // where they come from
+  f64 making = 0.0;     // packed bytes a second of making a layer, its memory touched first; the best of the layers
+  f64 packing = 0.0;    // the same into memory that was touched before
 
   Layer& at(i64 turn) { return *layers[static_cast<std::size_t>(turn) % layers.size()]; }
 };
+
+void add_layer(Rotation* rotation, checkpoint::Layer weights, const LayerOptions& options) {
+  const Clock::time_point start = Clock::now();
+  auto layer = std::make_unique<Layer>(std::move(weights), options);
+  const f64 seconds = std::chrono::duration<f64>(Clock::now() - start).count();
+  rotation->making = std::max(rotation->making, static_cast<f64>(layer->packed_bytes()) / seconds);
+  rotation->layers.push_back(std::move(layer));
+}
+
+// Packs the layer's experts, each over an earlier one's panels.
+f64 measure_packing(const Layer& layer, const weights::Order& order, Executor& executor) {
+  const std::vector<weights::Expert>& experts = layer.weights().experts;
+  const auto panels = [&](const format::Matrix& m) { return m.empty() ? 0 : weights::panel_count(order, m.rows); };
+  const auto stride = [&](const format::Matrix& m) {
+    return weights::panel_bytes(weights::panel_format(m.encoding), order, m.cols);
+  };
+  i64 expert_bytes = 0;
+  for (const format::Matrix* m : {&experts[0].gate, &experts[0].up, &experts[0].down}) {
+    expert_bytes += panels(*m) * stride(*m);
+  }
+  const i64 slots = 4 * i64{executor.threads()};
+  std::vector<u8> memory(static_cast<std::size_t>(slots * expert_bytes), 1);
+  f64 best = 0.0;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    const Clock::time_point start = Clock::now();
+    executor.parallel_for(slots, [&](i64 slot) {
+      for (std::size_t e = static_cast<std::size_t>(slot); e < experts.size(); e += static_cast<std::size_t>(slots)) {
+        auto* out = reinterpret_cast<std::byte*>(memory.data()) + slot * expert_bytes;
+        for (const format::Matrix* m : {&experts[e].gate, &experts[e].up, &experts[e].down}) {
+          if (!m->empty()) weights::pack_panels(*m, order, 0, panels(*m), out, stride(*m));
+          out += panels(*m) * stride(*m);
+        }
+      }
+    });
+    const f64 seconds = std::chrono::duration<f64>(Clock::now() - start).count();
+    best = std::max(best, static_cast<f64>(experts.size()) * static_cast<f64>(expert_bytes) / seconds);
+  }
+  return best;
+}
 
 i64 copies_to_be_cold(i64 bytes) {
   const i64 budget = machine().memory_bytes / 4;
@@ -142,7 +184,7 @@ Rotation make_rotation(const Options& options, Executor* executor, Progress* pro
     const i64 copies = copies_to_be_cold(cases::expert_bytes(weights.problem) * weights.problem.local_experts);
     for (i64 i = 0; i < copies; ++i) {
       progress->show_count("packing weights", i, copies);
-      rotation.layers.push_back(std::make_unique<Layer>(weights, layer_options(options, executor)));
+      add_layer(&rotation, weights, layer_options(options, executor));
     }
     rotation.weights = fmt::format("layer {} of {}", index, options.path);
     return rotation;
@@ -154,8 +196,7 @@ Rotation make_rotation(const Options& options, Executor* executor, Progress* pro
   const i64 copies = copies_to_be_cold(cases::expert_bytes(problem) * problem.local_experts);
   for (i64 i = 0; i < copies; ++i) {
     progress->show_count("packing weights", i, copies);
-    rotation.layers.push_back(std::make_unique<Layer>(random_weights(problem, pool, static_cast<u64>(i) + 1),
-                                                      layer_options(options, executor)));
+    add_layer(&rotation, random_weights(problem, pool, static_cast<u64>(i) + 1), layer_options(options, executor));
   }
   rotation.weights = fmt::format("random, {}", options.shape);
   return rotation;
@@ -176,25 +217,36 @@ struct Result {
   const char* routing() const { return routes == Routes::random ? "random" : "skewed"; }
 };
 
+// Calls that take turns: a call reads few of a layer's experts, so as many calls as read kColdBytes before one returns.
+std::vector<cases::Call> make_calls(const Problem& problem, i32 tokens, Routes routes) {
+  constexpr i64 kLeastCalls = 4;
+  const i64 most_active = std::min<i64>(i64{tokens} * problem.top_k, problem.experts);
+  const i64 bytes = std::max<i64>(1, most_active * cases::expert_bytes(problem));
+  const i64 count = std::clamp<i64>((kColdBytes + bytes - 1) / bytes, kLeastCalls, 4 * kMostLayers);
+  std::vector<cases::Call> calls;
+  for (i64 i = 0; i < count; ++i) {
+    cases::Spec spec;
+    spec.problem = problem;
+    spec.tokens = tokens;
+    spec.routes = routes;
+    spec.seed = static_cast<u64>(i) + 1;
+    calls.emplace_back(spec);
+  }
+  return calls;
+}
+
 // Runs the case for the time given, at least five times; inputs and layers change from run to run.
 Result measure(Rotation* rotation, i32 tokens, Routes routes, f64 budget, Progress* progress) {
-  constexpr int kCalls = 4;
   constexpr std::size_t kLeast = 5;
   constexpr std::size_t kMost = 100000;
   Result result;
   result.tokens = tokens;
   result.routes = routes;
-  std::vector<cases::Call> calls;
-  for (int i = 0; i < kCalls; ++i) {
-    cases::Spec spec;
-    spec.problem = rotation->at(0).problem();
-    spec.tokens = tokens;
-    spec.routes = routes;
-    spec.seed = static_cast<u64>(i) + 1;
-    calls.emplace_back(spec);
-    result.active_experts += static_cast<f64>(cases::active_experts(calls.back().ids)) / kCalls;
-  }
   const Problem& problem = rotation->at(0).problem();
+  const std::vector<cases::Call> calls = make_calls(problem, tokens, routes);
+  for (const cases::Call& call : calls) {
+    result.active_experts += static_cast<f64>(cases::active_experts(call.ids)) / static_cast<f64>(calls.size());
+  }
   result.bytes = result.active_experts * static_cast<f64>(cases::expert_bytes(problem));
   result.flops = cases::flops(problem, i64{tokens} * problem.top_k);
   // A layer makes its workspace in its first call, and memory is first touched then.
@@ -202,7 +254,7 @@ Result measure(Rotation* rotation, i32 tokens, Routes routes, f64 budget, Progre
   std::vector<u8> output;
   f64 spent = 0.0;
   for (i64 turn = 0; result.seconds.size() < kLeast || (spent < budget && result.seconds.size() < kMost); ++turn) {
-    const LayerCall call = calls[static_cast<std::size_t>(turn) % kCalls].view(&output, format::Dtype::bf16);
+    const LayerCall call = calls[static_cast<std::size_t>(turn) % calls.size()].view(&output, format::Dtype::bf16);
     const Clock::time_point start = Clock::now();
     throw_unless_ok(rotation->at(turn).run(call));
     const f64 seconds = std::chrono::duration<f64>(Clock::now() - start).count();
@@ -247,13 +299,15 @@ std::string report_text(const Report& r) {
   facts.add("plan", fmt::format("{} ({}), {} thread{}", steps_words(r.layer().plan()),
                                 choice_words(r.layer().plan(), machine()), r.threads, r.threads == 1 ? "" : "s"));
   facts.add("weights",
-            fmt::format("{} a layer, {} layer{} in turn", bytes_text(cases::expert_bytes(p) * p.local_experts),
-                        r.rotation.layers.size(), r.rotation.layers.size() == 1 ? "" : "s"));
-  facts.add("ceilings", fmt::format("read {:.1f} GB/s, f32 multiply-add {:.0f} GFLOP/s, measured in this run",
-                                    r.ceilings.read_bytes_per_second / 1e9, r.ceilings.flops_per_second / 1e9));
+            fmt::format("{} a layer, {} layer{} in turn, packed at {:.2f} GB/s ({:.2f} when their memory is new)",
+                        bytes_text(cases::expert_bytes(p) * p.local_experts), r.rotation.layers.size(),
+                        r.rotation.layers.size() == 1 ? "" : "s", r.rotation.packing / 1e9, r.rotation.making / 1e9));
+  facts.add("ceilings",
+            fmt::format("read {:.1f} GB/s, {} {:.0f} GFLOP/s, measured in this run",
+                        r.ceilings.read_bytes_per_second / 1e9, r.ceilings.unit, r.ceilings.flops_per_second / 1e9));
   facts.add("version", FOURMOE_VERSION);
   Table table({">tokens", "routing", ">median us", ">p10 us", ">p90 us", ">runs", ">active", ">MB", ">GB/s", ">of read",
-               ">GFLOP/s", ">of FMA", ">tokens/s"});
+               ">GFLOP/s", ">of peak", ">tokens/s"});
   for (const Result& c : r.results) {
     const f64 rate = c.bytes / c.median();
     const f64 flops = c.flops / c.median();
@@ -289,7 +343,7 @@ Json report_json(const Report& r) {
                           {"share_of_read", rate / r.ceilings.read_bytes_per_second},
                           {"flops", c.flops},
                           {"flops_per_second", flops},
-                          {"share_of_fma", flops / r.ceilings.flops_per_second},
+                          {"share_of_peak", flops / r.ceilings.flops_per_second},
                           {"tokens_per_second", c.tokens / c.median()},
                           {"command", repeat_words(r.options, c.tokens)}});
   }
@@ -298,12 +352,16 @@ Json report_json(const Report& r) {
           {"threads", r.threads},
           {"weights", r.rotation.weights},
           {"layers_in_turn", r.rotation.layers.size()},
+          {"packed_bytes_per_second", r.rotation.packing},
+          {"packed_bytes_per_second_new_memory", r.rotation.making},
           {"problem", problem_json(r.layer().problem())},
           {"steps", steps_json(r.layer().plan())},
           {"choice", choice_words(r.layer().plan(), machine())},
           {"ceilings",
            {{"read_bytes_per_second", r.ceilings.read_bytes_per_second},
-            {"fma_flops_per_second", r.ceilings.flops_per_second}}},
+            {"flops_per_second", r.ceilings.flops_per_second},
+            {"flops_unit", r.ceilings.unit},
+            {"fma_flops_per_second", r.ceilings.fma_flops_per_second}}},
           {"cases", cases_json}};
 }
 
@@ -333,8 +391,13 @@ int run(const Options& options) {
   {
     Progress progress("bench");
     rotation = make_rotation(options, &executor, &progress);
-    progress.show("measuring the ceilings");
-    ceilings = measure_ceilings(executor);
+    progress.show("measuring packing and the ceilings");
+    for (const Step* step : rotation.at(0).plan().steps) {
+      if (step->order != nullptr && rotation.packing == 0.0) {
+        rotation.packing = measure_packing(rotation.at(0), *step->order, executor);
+      }
+    }
+    ceilings = measure_ceilings(executor, rotation.at(0).problem());
     for (const int tokens : options.tokens) {
       for (const Routes routes : {Routes::random, Routes::skewed}) {
         results.push_back(measure(&rotation, tokens, routes, options.seconds, &progress));
