@@ -104,7 +104,8 @@ i64 Layer::Impl::lay_out(std::byte* base, Pass* pass) const {
   const Problem& problem = bf16.routed.problem;
   const i64 tokens = problem.max_tokens;
   Carver carver(base);
-  pass->plan.bytes = std::max(bf16.routed.workspace_bytes, bf16.shared.workspace_bytes);
+  pass->plan.bytes = std::max({bf16.routed.workspace_bytes, bf16.shared.workspace_bytes, f16.routed.workspace_bytes,
+                               f16.shared.workspace_bytes});  // a room may hold tokens of each type in its own form
   pass->plan.data = carver.take<std::byte>(pass->plan.bytes);
   if (!weights.router.empty()) pass->logits = carver.take<f32>(tokens * problem.experts);
   if (weights.shared) {
