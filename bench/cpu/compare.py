@@ -62,7 +62,15 @@ def measure(args):
         row = max((measure_row(args, tokens) for _ in range(args.rounds)), key=slowest_read)
         rows.append(row)
         print_row(row)
+        write(args, rows)
     return rows
+
+
+def write(args, rows):
+    """After each row, so that a run that is cut short leaves what it measured."""
+    record = {"command": "python bench/cpu/compare.py --output FILE --plot FILE", "shape": args.shape,
+              "threads": args.threads, "rounds": args.rounds, "ggml": args.ggml_version, "rows": rows}
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def cells(row):
@@ -121,9 +129,6 @@ def main():
     print("tokens  read GB/s, peak TFLOP/s  w4a16 us, of read, of peak  w4a4 us, of read  speed-up of threads  ggml's time "
           "over w4a16's (*: repacked)")
     rows = measure(args)
-    record = {"command": "python bench/cpu/compare.py --output FILE --plot FILE", "shape": args.shape,
-              "threads": args.threads, "rounds": args.rounds, "ggml": args.ggml_version, "rows": rows}
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         draw(rows, args.plot)
 
