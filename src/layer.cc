@@ -89,7 +89,11 @@ i64 Layer::Impl::lay_out(std::byte* base, Pass* pass) const {
   const Problem& problem = bf16.routed.problem;
   const i64 tokens = problem.max_tokens;
   Carver carver(base);
-  pass->plan.bytes = std::max({bf16.routed.workspace_bytes, bf16.few.workspace_bytes, bf16.shared.workspace_bytes});
+  for (const Plans* plans : {&bf16, &f16}) {  // a room may hold tokens of each type in its own form
+    for (const plan::Plan* plan : {&plans->routed, &plans->few, &plans->shared}) {
+      pass->plan.bytes = std::max(pass->plan.bytes, plan->workspace_bytes);
+    }
+  }
   pass->plan.data = carver.take<std::byte>(pass->plan.bytes);
   if (!weights.router.empty()) pass->logits = carver.take<f32>(tokens * problem.experts);
   if (weights.shared) {

@@ -2,7 +2,12 @@
 
 #include <fmt/format.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <charconv>
@@ -14,21 +19,50 @@
 namespace fourmoe {
 namespace {
 
-// The compiler's probe reads CPUID and XGETBV, so a level counts only when the operating system saves its registers.
-CpuLevel detect_level() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? CpuLevel::avx512 : avx2 ? CpuLevel::avx2 : CpuLevel::portable;
-#else
-  return CpuLevel::portable;
-#endif
+
+// CPUID leaf 7, subleaf 0; all zero where the processor has no such leaf.
+struct Leaf7 {
+  u32 eax = 0, ebx = 0, ecx = 0, edx = 0;
+  Leaf7() { __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx); }
+};
+
+// Bits of Intel's manual, volume 2, CPUID: not all are known to clang 14's probe.
+bool has_vnni(const Leaf7& leaf) {
+  constexpr u32 kVbmi = 1u << 1, kVnni = 1u << 11;  // ecx
+  return (leaf.ecx & kVbmi) != 0 && (leaf.ecx & kVnni) != 0;
 }
 
+// Linux hands out the tiles' registers to processes that ask: arch_prctl, since 5.16; a kernel that does not know them
+// refuses.
+bool has_amx(const Leaf7& leaf) {
+  constexpr u32 kBf16 = 1u << 22, kFp16 = 1u << 23, kTile = 1u << 24;  // edx; kFp16 is of AVX-512
+  constexpr u32 kAll = kBf16 | kFp16 | kTile;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (leaf.edx & kAll) == kAll && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// The compiler's probe reads CPUID and XGETBV, so a level counts only when the operating system saves its registers.
+CpuLevel detect_level() {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!avx2) return CpuLevel::portable;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!avx512) return CpuLevel::avx2;
+  const Leaf7 leaf;
+  if (!has_vnni(leaf)) return CpuLevel::avx512;
+  return has_amx(leaf) ? CpuLevel::amx : CpuLevel::vnni;
+}
+
+#else
+
+CpuLevel detect_level() { return CpuLevel::portable; }
+
+#endif
+
 CpuLevel forced_level(std::string_view word, CpuLevel best) {
-  for (const CpuLevel level : {CpuLevel::portable, CpuLevel::avx2, CpuLevel::avx512}) {
+  for (const CpuLevel level : kCpuLevels) {
     if (word != cpu_level_name(level)) continue;
     if (level > best) {
       throw Error(Reason::instruction_missing,
@@ -37,7 +71,7 @@ CpuLevel forced_level(std::string_view word, CpuLevel best) {
     return level;
   }
   throw Error(Reason::instruction_missing,
-              fmt::format("FOURMOE_CPU_LEVEL={}, expected portable, avx2 or avx512", word));
+              fmt::format("FOURMOE_CPU_LEVEL={}, expected portable, avx2, avx512, vnni or amx", word));
 }
 
 std::string read_cpu_name() {

@@ -1,6 +1,7 @@
 // Machine: what this host and its GPUs can do, probed once. The only place where environment variables are read.
 #pragma once
 
+#include <array>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -10,13 +11,21 @@
 namespace fourmoe {
 
 // Instruction levels of the cpu room, each including those before it.
-enum class CpuLevel : u8 { portable, avx2, avx512 };
+//   avx2    AVX2, FMA, F16C
+//   avx512  AVX-512 F, BW, DQ, VL
+//   vnni    AVX-512 VNNI, VBMI
+//   amx     AVX-512 FP16, AMX tiles of bf16, with the operating system's permission to use their registers
+enum class CpuLevel : u8 { portable, avx2, avx512, vnni, amx };
+inline constexpr std::array kCpuLevels = {CpuLevel::portable, CpuLevel::avx2, CpuLevel::avx512, CpuLevel::vnni,
+                                          CpuLevel::amx};
 
 constexpr std::string_view cpu_level_name(CpuLevel level) {
   switch (level) {
     case CpuLevel::portable: return "portable";
     case CpuLevel::avx2: return "avx2";
     case CpuLevel::avx512: return "avx512";
+    case CpuLevel::vnni: return "vnni";
+    case CpuLevel::amx: return "amx";
   }
   return "unknown";
 }
@@ -53,8 +62,8 @@ inline const Device* device_of(const Machine& machine) {
 // "host" is -1, "cuda:2" and "2" are 2, "cuda" is 0. Throws Error(argument_invalid) for other words.
 i32 parse_device(std::string_view word);
 
-// Probed at the first call. FOURMOE_CPU_LEVEL=portable|avx2|avx512 forces a level; one that the machine lacks, or
-// another word, throws Error(instruction_missing).
+// Probed at the first call. FOURMOE_CPU_LEVEL=portable|avx2|avx512|vnni|amx forces a level; one that the machine lacks,
+// or another word, throws Error(instruction_missing).
 const Machine& machine();
 
 // The GPUs of this process, from the driver; none in a build without CUDA (gpu/runtime.cu, gpu/none.cc).

@@ -31,7 +31,7 @@ const Step& step(std::string_view room, std::string_view name) {
 
 std::vector<CpuLevel> levels() {
   std::vector<CpuLevel> found;
-  for (const CpuLevel level : {CpuLevel::portable, CpuLevel::avx2, CpuLevel::avx512}) {
+  for (const CpuLevel level : kCpuLevels) {
     if (level <= machine().cpu_level) found.push_back(level);
   }
   return found;
@@ -351,6 +351,53 @@ TEST_P(CpuRoom, EqualsTheReferenceForEveryTokenType) {
   }
 }
 
+// A row is as exact at 2^99 as at 2^-100, whatever the rows beside it hold; a NaN stays in its row.
+TEST_P(CpuRoom, RowsOfEveryMagnitude) {
+  for (const i32 tokens : {1, 15, 40, 90}) {
+    cases::Spec spec = spec_of(80, 48, tokens);
+    spec.routes = Routes::one_expert;
+    spec.problem.top_k = 1;
+    Stages s(spec);
+    std::mt19937_64 random(3);
+    for (i64 slot = 0; slot < tokens; ++slot) {
+      const f32 size = std::ldexp(1.0f, static_cast<i32>(slot * 37 % 200) - 100);
+      for (i64 i = 0; i < 48; ++i) {
+        const f32 unit = static_cast<f32>(random() % 255) / 128.0f - 1.0f;
+        s.rows[slot * 48 + i] = format::to_bf16(unit * (i == 5 ? 64.0f * size : size));
+      }
+    }
+    if (tokens > 7) s.rows[7 * 48 + 3] = 0x7fc0;
+    const std::vector<f64> y = s.inter();
+    s.gemm2(how());
+    for (i64 slot = 0; slot < tokens; ++slot) {
+      const std::vector<f64> z = plain_gemm2(s, slot, y.data() + slot * 48);
+      const std::vector<f64> found(s.partial.begin() + slot * 80, s.partial.begin() + (slot + 1) * 80);
+      if (slot == 7) ASSERT_NE(found[0], found[0]);
+      else ASSERT_LE(cases::rel_l2(found, z), 1e-6) << slot << " of " << tokens;
+    }
+  }
+}
+
+// A NaN of a token or an infinite gate shows in what it meets and in nothing else.
+TEST_P(CpuRoom, ActivationsKeepNaNs) {
+  for (const ActivationKind kind :
+       {ActivationKind::swiglu, ActivationKind::swiglu_clamped, ActivationKind::geglu_tanh}) {
+    cases::Spec spec = spec_of(64, 48, 20);
+    spec.problem.activation.kind = kind;
+    Stages s(spec);
+    const u16 nan = 0x7fc0;
+    std::memcpy(s.call.hidden.data() + 2 * (3 * 64 + 11), &nan, 2);
+    s.gemm1(how());
+    for (i64 slot = 0; slot < s.slots(); ++slot) {
+      const bool hit = s.slot_pick[slot] / spec.problem.top_k == 3;
+      for (i64 i = 0; i < 48; ++i) {
+        const f32 y = format::from_bf16(s.rows[slot * 48 + i]);
+        ASSERT_EQ(y != y, hit) << slot;
+      }
+    }
+  }
+}
+
 TEST_P(CpuRoom, F16IntermediatesSaturate) {
   cases::Spec spec = spec_of(64, 32, 4);
   spec.problem.activations = spec.hidden = Dtype::f16;
@@ -412,6 +459,23 @@ TEST_P(CpuRoom, TheRestOfTheBatchDoesNotChangeABit) {
         ASSERT_EQ(0, std::memcmp(all.partial.data(), single.partial.data(), 4 * spec.problem.hidden)) << tokens;
         if (precision == Precision::w4a16) ASSERT_EQ(0, std::memcmp(all.rows.data(), single.rows.data(), 2 * 48));
         else ASSERT_EQ(0, std::memcmp(all.codes.data(), single.codes.data(), 48 / 2));
+      }
+    }
+  }
+}
+
+// Whole numbers and f32 give the same sums of a block, so the levels agree on w4a4 to the last bit.
+TEST(CpuRoomLevels, W4a4IsTheSameFromAvx512On) {
+  if (machine().cpu_level < CpuLevel::vnni) GTEST_SKIP() << "this machine has no level vnni";
+  for (const Encoding encoding : {Encoding::nvfp4, Encoding::mxfp4}) {
+    for (const i32 tokens : {1, 3, 40, 130}) {
+      cases::Spec spec = spec_of(224, 96, tokens, encoding);
+      spec.problem.precision = Precision::w4a4;
+      Stages s(spec);
+      const Bits plain = run_bits(&s, {"cpu", CpuLevel::avx512});
+      for (const CpuLevel level : levels()) {
+        if (level < CpuLevel::vnni) continue;
+        EXPECT_TRUE(same_bits(run_bits(&s, {"cpu", level}), plain)) << cpu_level_name(level) << ", " << tokens;
       }
     }
   }

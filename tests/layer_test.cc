@@ -172,6 +172,20 @@ TEST_P(EveryRoom, PassesDoNotChangeResults) {
   EXPECT_EQ(cases::run(s, small), cases::run(s, room()));
 }
 
+// A room may hold f16 tokens in another form than bf16 ones; one workspace serves both.
+TEST_P(EveryRoom, TheWorkspaceServesTokensOfEveryType) {
+  for (const Dtype dtype : {Dtype::bf16, Dtype::f16, Dtype::f32}) {
+    Spec s = spec(1024, 512, 4, 2, 3);
+    s.problem.precision = std::get<1>(GetParam());
+    s.hidden = dtype;
+    Layer l = layer(s, room());
+    const cases::Call call(s);
+    std::vector<u8> output;
+    const Status status = l.run(call.view(&output, Dtype::f32));
+    EXPECT_TRUE(status.ok()) << status.detail;
+  }
+}
+
 TEST_P(EveryRoom, ZeroTokensAreLegalAndTouchNothing) {
   const Spec s = usual(0);
   Layer l = layer(s, room());

@@ -8,7 +8,7 @@ if [ "$2" = Debug ]; then
   echo "without optimisation small templates of the standard library are not inlined"
   exit 77
 fi
-shared=$(nm --print-file-name --defined-only --demangle "$1" | grep ':atom_avx' | grep -E ' [WVu] ' || true)
+shared=$(nm --print-file-name --defined-only --demangle "$1" | grep -E ':atom_(avx|vnni|amx)' | grep -E ' [WVu] ' || true)
 if [ -n "$shared" ]; then
   printf 'weak symbols in a level:\n%s\n' "$shared" >&2
   exit 1

@@ -8,6 +8,7 @@
 #include <random>
 
 #include "checkpoint/safetensors.h"
+#include "format/quantise.h"
 #include "status.h"
 
 namespace fourmoe {
@@ -137,6 +138,50 @@ TEST(Quantise, NamesTheFirstValueThatIsNotFinite) {
 TEST(Quantise, RefusesWeightsThatAreQuantisedAlready) {
   const std::vector<u8> bytes(32 * 16);
   expect_refusal(dense(bytes.data(), Encoding::fp8, 16, 32), Reason::dtype_unsupported, "is fp8");
+}
+
+// The recipe of format/quantise.h, value by value.
+void expect_recipe(const f32* x, f32 global, const u8* codes, u8 scale) {
+  f32 amax = 0.0f;
+  bool nan = false;
+  for (i32 i = 0; i < 16; ++i) {
+    nan = nan || x[i] != x[i];
+    amax = std::max(amax, std::fabs(x[i]));
+  }
+  const f32 s = amax / (6.0f * global);
+  const u8 expected = nan ? 0x7f : s == 0.0f ? format::to_e4m3(1.0f) : format::to_e4m3(std::max(s, 0x1p-9f));
+  ASSERT_EQ(scale, expected) << amax << " / " << global;
+  const f32 step = format::from_e4m3(scale) * global;
+  for (i32 i = 0; i < 16; ++i) {
+    ASSERT_EQ(format::code_at(codes, i), format::to_e2m1(x[i] / step)) << x[i] << " / " << step;
+  }
+}
+
+// Ties, zeros of both signs, subnormals, infinities and NaNs among values of every size; blocks apart from one another.
+TEST(QuantiseBlocks, FollowsTheRecipeToTheLastBit) {
+  std::mt19937_64 random(11);
+  constexpr i64 kBlocks = 37;
+  constexpr i64 kGap = 3;
+  for (i32 round = 0; round < 400; ++round) {
+    std::vector<f32> x(kBlocks * (16 + kGap));
+    const f32 global =
+        std::ldexp(1.0f + static_cast<f32>(random() % 1024) / 1024.0f, static_cast<i32>(random() % 40) - 30);
+    for (f32& value : x) {
+      const u64 bits = random();
+      value = std::bit_cast<f32>(static_cast<u32>(bits));                                    // anything
+      if (round % 4 < 3) value = static_cast<f32>(static_cast<i32>(bits % 97) - 48) / 8.0f;  // ties of many steps
+      if (round % 4 < 2) value *= global * std::ldexp(1.0f, static_cast<i32>(bits >> 32) % 9);
+      if (round % 4 == 1 && bits % 5 == 0) value = bits % 2 == 0 ? 0.0f : -0.0f;
+    }
+    if (round % 8 == 0) std::fill_n(x.data(), 16 + kGap, 0.0f);
+    std::vector<u8> codes(kBlocks * 11, 0xcc), scales(kBlocks * 2, 0xcc);
+    format::quantise_blocks({x.data(), 16 + kGap, codes.data(), 11, scales.data(), 2}, kBlocks, global);
+    for (i64 b = 0; b < kBlocks; ++b) {
+      expect_recipe(&x[b * (16 + kGap)], global, &codes[b * 11], scales[b * 2]);
+      ASSERT_EQ(codes[b * 11 + 8], 0xcc);
+      ASSERT_EQ(scales[b * 2 + 1], 0xcc);
+    }
+  }
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "progress.h"
 #include "quantity.h"
 #include "table.h"
+#include "weights/packed.h"
 
 namespace fourmoe::tools {
 namespace {
@@ -101,8 +102,9 @@ checkpoint::Layer random_weights(const Problem& p, const std::shared_ptr<Pool>& 
 // The layers that take turns, so that no case finds its weights in a cache.
 struct Rotation {
   std::vector<std::unique_ptr<Layer>> layers;
-  std::string weights;     // where they come from
-  f64 pack_seconds = 0.0;  // the least that making one of them took
+  std::string weights;          // where they come from
+  f64 pack_seconds = 0.0;       // the least that making one of them took, its memory touched first
+  f64 packed_per_second = 0.0;  // bytes packed into memory of the host that was touched before; 0 on a GPU
 
   bool on_device() const { return layers.front()->plan().machine.device >= 0; }
   Layer& at(i64 turn) { return *layers[static_cast<std::size_t>(turn) % layers.size()]; }
@@ -118,6 +120,46 @@ Store store_of(i32 device) {
   const Machine& m = machine();
   if (device < 0 || device >= static_cast<i32>(m.devices.size())) return {m.memory_bytes, m.cache_bytes};
   return {m.devices[device].memory_bytes, m.devices[device].l2_bytes};
+}
+
+const weights::Order* order_of(const Layer& layer) {
+  for (const Step* step : layer.plan().steps) {
+    if (step->order != nullptr) return step->order;
+  }
+  return nullptr;
+}
+
+// Packs the layer's experts, each over an earlier one's panels: bytes a second; 0 where the room packs nothing.
+f64 measure_packing(const Layer& layer, Executor& executor) {
+  if (order_of(layer) == nullptr) return 0.0;
+  const weights::Order& order = *order_of(layer);
+  const std::vector<weights::Expert>& experts = layer.weights().experts;
+  const auto panels = [&](const format::Matrix& m) { return m.empty() ? 0 : weights::panel_count(order, m.rows); };
+  const auto stride = [&](const format::Matrix& m) {
+    return weights::panel_bytes(weights::panel_format(m.encoding), order, m.cols);
+  };
+  i64 expert_bytes = 0;
+  for (const format::Matrix* m : {&experts[0].gate, &experts[0].up, &experts[0].down}) {
+    expert_bytes += panels(*m) * stride(*m);
+  }
+  const i64 slots = 4 * i64{executor.threads()};
+  std::vector<u8> memory(static_cast<std::size_t>(slots * expert_bytes), 1);
+  f64 best = 0.0;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    const Clock::time_point start = Clock::now();
+    executor.parallel_for(slots, [&](i64 slot) {
+      for (std::size_t e = static_cast<std::size_t>(slot); e < experts.size(); e += static_cast<std::size_t>(slots)) {
+        auto* out = reinterpret_cast<std::byte*>(memory.data()) + slot * expert_bytes;
+        for (const format::Matrix* m : {&experts[e].gate, &experts[e].up, &experts[e].down}) {
+          if (!m->empty()) weights::pack_panels(*m, order, 0, panels(*m), out, stride(*m));
+          out += panels(*m) * stride(*m);
+        }
+      }
+    });
+    const f64 seconds = std::chrono::duration<f64>(Clock::now() - start).count();
+    best = std::max(best, static_cast<f64>(experts.size()) * static_cast<f64>(expert_bytes) / seconds);
+  }
+  return best;
 }
 
 i64 copies_to_be_cold(i64 bytes, const Store& store) {
@@ -200,26 +242,36 @@ struct Result {
   const char* routing() const { return routes == Routes::random ? "random" : "skewed"; }
 };
 
+// Calls that take turns: a call reads few of a layer's experts, so as many calls as read kColdBytes before one returns.
+std::vector<cases::Call> make_calls(const Problem& problem, i32 tokens, Routes routes) {
+  constexpr i64 kLeastCalls = 4;
+  const i64 most_active = std::min<i64>(i64{tokens} * problem.top_k, problem.experts);
+  const i64 bytes = std::max<i64>(1, most_active * cases::expert_bytes(problem));
+  const i64 count = std::clamp<i64>((kColdBytes + bytes - 1) / bytes, kLeastCalls, 4 * kMostLayers);
+  std::vector<cases::Call> calls;
+  for (i64 i = 0; i < count; ++i) {
+    cases::Spec spec;
+    spec.problem = problem;
+    spec.tokens = tokens;
+    spec.routes = routes;
+    spec.seed = static_cast<u64>(i) + 1;
+    calls.emplace_back(spec);
+  }
+  return calls;
+}
+
 // Runs the case for the time given, at least five times; inputs and layers change from run to run.
 Result measure(Rotation* rotation, i32 tokens, Routes routes, f64 budget, Progress* progress) {
-  // On a GPU a few megabytes of one token's experts would stay in the cache until their turn comes again.
-  const int call_count = rotation->on_device() && tokens <= 512 ? 16 : 4;
   constexpr std::size_t kLeast = 5;
   constexpr std::size_t kMost = 100000;
   Result result;
   result.tokens = tokens;
   result.routes = routes;
-  std::vector<cases::Call> calls;
-  for (int i = 0; i < call_count; ++i) {
-    cases::Spec spec;
-    spec.problem = rotation->at(0).problem();
-    spec.tokens = tokens;
-    spec.routes = routes;
-    spec.seed = static_cast<u64>(i) + 1;
-    calls.emplace_back(spec);
-    result.active_experts += static_cast<f64>(cases::active_experts(calls.back().ids)) / call_count;
-  }
   const Problem& problem = rotation->at(0).problem();
+  const std::vector<cases::Call> calls = make_calls(problem, tokens, routes);
+  for (const cases::Call& call : calls) {
+    result.active_experts += static_cast<f64>(cases::active_experts(call.ids)) / static_cast<f64>(calls.size());
+  }
   result.bytes = result.active_experts * static_cast<f64>(cases::expert_bytes(problem));
   result.flops = cases::flops(problem, i64{tokens} * problem.top_k);
   if (rotation->on_device()) {
@@ -232,7 +284,7 @@ Result measure(Rotation* rotation, i32 tokens, Routes routes, f64 budget, Progre
   std::vector<u8> output;
   f64 spent = 0.0;
   for (i64 turn = 0; result.seconds.size() < kLeast || (spent < budget && result.seconds.size() < kMost); ++turn) {
-    const LayerCall call = calls[static_cast<std::size_t>(turn) % call_count].view(&output, format::Dtype::bf16);
+    const LayerCall call = calls[static_cast<std::size_t>(turn) % calls.size()].view(&output, format::Dtype::bf16);
     const Clock::time_point start = Clock::now();
     throw_unless_ok(rotation->at(turn).run(call));
     const f64 seconds = std::chrono::duration<f64>(Clock::now() - start).count();
@@ -270,8 +322,19 @@ struct Report {
 std::string ceilings_words(const Report& r) {
   const f64 bytes = r.ceilings.read_bytes_per_second / 1e9;
   if (r.device() != nullptr) return fmt::format("copy {:.0f} GB/s, read plus write, measured in this run", bytes);
-  return fmt::format("read {:.1f} GB/s, f32 multiply-add {:.0f} GFLOP/s, measured in this run", bytes,
+  return fmt::format("read {:.1f} GB/s, {} {:.0f} GFLOP/s, measured in this run", bytes, r.ceilings.unit,
                      r.ceilings.flops_per_second / 1e9);
+}
+
+std::string weights_words(const Report& r) {
+  const Rotation& rotation = r.rotation;
+  const i64 bytes = cases::expert_bytes(r.layer().problem()) * r.layer().problem().local_experts;
+  std::string words =
+      fmt::format("{} a layer, {} layer{} in turn, packed in {} ({:.1f} GB/s)", bytes_text(bytes),
+                  rotation.layers.size(), rotation.layers.size() == 1 ? "" : "s", duration_text(rotation.pack_seconds),
+                  static_cast<f64>(bytes) / rotation.pack_seconds / 1e9);
+  if (rotation.packed_per_second == 0.0) return words;
+  return words + fmt::format("; {:.1f} GB/s into memory that was touched", rotation.packed_per_second / 1e9);
 }
 
 std::string percent(f64 share) { return fmt::format("{:.0f} %", 100.0 * share); }
@@ -287,15 +350,11 @@ std::string report_text(const Report& r) {
   facts.add("plan", fmt::format("{} ({}), {} thread{}", steps_words(r.layer().plan()),
                                 choice_words(r.layer().plan(), r.layer().plan().machine), r.threads,
                                 r.threads == 1 ? "" : "s"));
-  const i64 bytes = cases::expert_bytes(p) * p.local_experts;
-  facts.add("weights", fmt::format("{} a layer, {} layer{} in turn, packed in {} ({:.1f} GB/s)", bytes_text(bytes),
-                                   r.rotation.layers.size(), r.rotation.layers.size() == 1 ? "" : "s",
-                                   duration_text(r.rotation.pack_seconds),
-                                   static_cast<f64>(bytes) / r.rotation.pack_seconds / 1e9));
+  facts.add("weights", weights_words(r));
   facts.add("ceilings", ceilings_words(r));
   facts.add("version", FOURMOE_VERSION);
   Table table({">tokens", "routing", ">median us", ">p10 us", ">p90 us", ">runs", ">active", ">MB", ">GB/s",
-               r.device() != nullptr ? ">of copy" : ">of read", ">GFLOP/s", ">of FMA", ">tokens/s"});
+               r.device() != nullptr ? ">of copy" : ">of read", ">GFLOP/s", ">of peak", ">tokens/s"});
   for (const Result& c : r.results) {
     const f64 rate = c.bytes / c.median();
     const f64 flops = c.flops / c.median();
@@ -318,7 +377,9 @@ std::string report_text(const Report& r) {
 Json ceilings_json(const Report& r) {
   if (r.device() != nullptr) return {{"copy_bytes_per_second", r.ceilings.read_bytes_per_second}};
   return {{"read_bytes_per_second", r.ceilings.read_bytes_per_second},
-          {"fma_flops_per_second", r.ceilings.flops_per_second}};
+          {"flops_per_second", r.ceilings.flops_per_second},
+          {"flops_unit", r.ceilings.unit},
+          {"fma_flops_per_second", r.ceilings.fma_flops_per_second}};
 }
 
 Json report_json(const Report& r) {
@@ -339,11 +400,11 @@ Json report_json(const Report& r) {
          {r.device() != nullptr ? "share_of_copy" : "share_of_read", rate / r.ceilings.read_bytes_per_second},
          {"flops", c.flops},
          {"flops_per_second", flops},
-         {"share_of_fma", nullptr},
+         {"share_of_peak", nullptr},
          {"tokens_per_second", c.tokens / c.median()},
          {"steps", steps_json(r.layer().plan(c.tokens))},
          {"command", repeat_words(r.options, c.tokens)}});
-    if (r.device() == nullptr) cases_json.back()["share_of_fma"] = flops / r.ceilings.flops_per_second;
+    if (r.device() == nullptr) cases_json.back()["share_of_peak"] = flops / r.ceilings.flops_per_second;
   }
   return {{"version", FOURMOE_VERSION},
           {"machine", machine_json(machine())},
@@ -351,6 +412,7 @@ Json report_json(const Report& r) {
           {"weights", r.rotation.weights},
           {"layers_in_turn", r.rotation.layers.size()},
           {"pack_seconds", r.rotation.pack_seconds},
+          {"packed_bytes_per_second", r.rotation.packed_per_second},
           {"problem", problem_json(r.layer().problem())},
           {"steps", steps_json(r.layer().plan())},
           {"choice", choice_words(r.layer().plan(), r.layer().plan().machine)},
@@ -384,9 +446,13 @@ int run(const Options& options) {
   {
     Progress progress("bench");
     rotation = make_rotation(options, &executor, &progress);
-    progress.show("measuring the ceilings");
-    if (rotation.on_device()) ceilings.read_bytes_per_second = measure_copy_rate(rotation.at(0).plan().machine.device);
-    else ceilings = measure_ceilings(executor);
+    progress.show("measuring packing and the ceilings");
+    if (rotation.on_device()) {
+      ceilings.read_bytes_per_second = measure_copy_rate(rotation.at(0).plan().machine.device);
+    } else {
+      rotation.packed_per_second = measure_packing(rotation.at(0), executor);
+      ceilings = measure_ceilings(executor, rotation.at(0).problem());
+    }
     for (const int tokens : options.tokens) {
       for (const Routes routes : {Routes::random, Routes::skewed}) {
         results.push_back(measure(&rotation, tokens, routes, options.seconds, &progress));

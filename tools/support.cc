@@ -16,7 +16,6 @@ namespace {
 
 constexpr format::Encoding kEncodings[] = {format::Encoding::nvfp4, format::Encoding::mxfp4, format::Encoding::bf16,
                                            format::Encoding::f16,   format::Encoding::f32,   format::Encoding::fp8};
-constexpr CpuLevel kLevels[] = {CpuLevel::portable, CpuLevel::avx2, CpuLevel::avx512};
 constexpr std::pair<i32, i32> kCapabilities[] = {{8, 0}, {9, 0}, {10, 0}, {10, 3}, {12, 0}, {12, 1}};
 constexpr ActivationKind kActivations[] = {ActivationKind::swiglu, ActivationKind::swiglu_clamped,
                                            ActivationKind::geglu_erf, ActivationKind::geglu_tanh,
@@ -50,7 +49,7 @@ Machine any_machine() {
 
 std::vector<Processor> processors_of(Place place) {
   std::vector<Processor> all;
-  for (const CpuLevel level : kLevels) {
+  for (const CpuLevel level : kCpuLevels) {
     if (place == Place::device) continue;
     all.push_back({std::string(cpu_level_name(level)), any_machine()});
     all.back().machine.cpu_level = level;
@@ -107,7 +106,7 @@ std::string processors(const Step& step) {
   for (const Processor& processor : processors_of(step.place)) {
     if (accepts(step, p, processor)) append(&words, processor.name);
   }
-  if (step.describe == nullptr && words == "portable, avx2, avx512") return "any";
+  if (step.describe == nullptr && words == "portable, avx2, avx512, vnni, amx") return "any";
   return words.empty() ? "-" : words;
 }
 

@@ -332,7 +332,8 @@ Command add_verify(CLI::App& app) {
   sub->add_flag("--json", options->json, "print one JSON object, with every input");
   sub->footer(
       "Inputs are random and adversarial: large and tiny values, no token, one expert for all, repeated and missing\n"
-      "picks. The exit code is 1 when a step is beyond its bound. FOURMOE_CPU_LEVEL=portable|avx2|avx512 verifies\n"
+      "picks. The exit code is 1 when a step is beyond its bound. FOURMOE_CPU_LEVEL=portable|avx2|avx512|vnni|amx "
+      "verifies\n"
       "another instruction level of the cpu backend.\n\n"
       "Example:\n  fourmoe verify examples/tiny-moe/nvfp4 --layer 0");
   return {sub, [options] { return run(*options); }};

@@ -10,9 +10,20 @@ namespace {
 
 constexpr i64 kTokensPerTask = 4;  // 4 tokens x 8 picks x 7168 columns are under a megabyte
 
-// acc[0..hidden) += weight * z
-void add(f32 weight, const f32* z, i64 hidden, f32* acc) {
+// acc[0..hidden) += weight * z. Plain loops: this file is compiled to turn them into vectors.
+void add(f32 weight, const f32* __restrict z, i64 hidden, f32* __restrict acc) {
   for (i64 h = 0; h < hidden; ++h) acc[h] += weight * z[h];
+}
+
+void write_row(const f32* acc, format::Dtype dtype, i64 hidden, u8* row) {
+  if (dtype == format::Dtype::bf16) {
+    for (i64 h = 0; h < hidden; ++h) {
+      const u16 value = format::to_bf16(acc[h]);
+      std::memcpy(row + 2 * h, &value, 2);
+    }
+    return;
+  }
+  for (i64 h = 0; h < hidden; ++h) format::write(row, dtype, h, acc[h]);
 }
 
 void combine_token(const Args& args, i64 token, f32* acc) {
@@ -26,8 +37,7 @@ void combine_token(const Args& args, i64 token, f32* acc) {
     const f32 weight = problem.routing.weight_on_input ? 1.0f : args.slots.weights[pick];
     add(weight, args.partial.rows + slot * hidden, hidden, acc);
   }
-  u8* row = args.output.output.row(token);
-  for (i64 h = 0; h < hidden; ++h) format::write(row, args.output.output.dtype, h, acc[h]);
+  write_row(acc, args.output.output.dtype, hidden, args.output.output.row(token));
 }
 
 Status run_step(const Bound& bound) {

@@ -20,6 +20,19 @@ FOURMOE_HD u8 block_scale(f32 amax, f32 global) {
 // A NaN in a block makes its scale NaN, so that it shows in the result. global is finite and > 0.
 void quantise_row(const f32* x, i64 n, f32 global, u8* codes, u8* scales);
 
+// Blocks of 16 values, each anywhere: block b at x + b * x_stride, its codes and its scale alike.
+struct Blocks {
+  const f32* x;
+  i64 x_stride;
+  u8* codes;  // 8 bytes each
+  i64 codes_stride;
+  u8* scales;
+  i64 scales_stride;
+};
+
+// The same for `count` such blocks; by vectors where the machine has them, with the same bits.
+void quantise_blocks(const Blocks& blocks, i64 count, f32 global);
+
 // E2M1 * E4M3 of every value, without the global: exact in f32.
 void dequantise_row(const u8* codes, const u8* scales, i64 n, f32* out);
 

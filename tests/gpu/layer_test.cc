@@ -58,6 +58,10 @@ std::vector<Spec> specs() {
   }
   all.push_back(spec(64, 48, 4, 1, 6));
   all.back().problem.routing.weight_on_input = true;
+  for (const i32 hidden : {2304, 4352}) {  // experts enough for the coarser tiles of the one launch: 256 rows, and 512
+    all.push_back(spec(hidden, 80, 64, 8, 8));
+    all.back().biases = true;
+  }
   for (const i32 tokens : {0, 1, 7, 300}) all.push_back(spec(256, 128, 16, 4, tokens));  // 300: three passes
   all.push_back(spec(256, 128, 300, 8, 300));
   for (std::size_t i = 0, count = all.size(); i < count; ++i) {

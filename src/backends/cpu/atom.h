@@ -1,9 +1,10 @@
-// Atom: the cpu room's innermost products, one table of functions for each instruction level.
+// Atom: the cpu room's innermost products, one table of functions for each instruction level and form of tokens.
 //
-// A strip of panels (16 weight rows each) is multiplied by a tile of m tokens held as f32. Weights are decoded in
-// registers, a lane a row, and shared by the tile's tokens. Every level sums in the same order, whatever m and count:
+// A strip of panels (16 weight rows each) is multiplied by a tile of m tokens. Weights are decoded once for the tile.
+// An atom sums in one order whatever m and count, so its results do not depend on the batch. Atoms of f32 tokens:
 //   total = 0;  for each block of 16 columns:  sum = w_0 x_0;  sum += w_k x_k, k = 1..15;  total += scale * sum
-// (dense: total += sum). Products of the sum are exact for 16-bit and NVFP4 tokens times E2M1 codes.
+// (dense: total += sum). Products of the sum are exact for 16-bit and NVFP4 tokens times E2M1 codes. Atoms of other
+// forms say theirs in their files.
 //
 // The files that define tables are compiled for their level: this header and atom_kernel.h must therefore hold nothing
 // that a linker could pick for other levels too. Data and declarations only.
@@ -15,33 +16,94 @@
 namespace fourmoe::cpu {
 
 inline constexpr std::int32_t kPanelRows = 16;
-inline constexpr std::int32_t kMaxTile = 12;  // most tokens of a tile, of all levels
+inline constexpr std::int32_t kMaxTile = 128;  // most tokens of a tile, of all atoms
+inline constexpr std::int32_t kSlack = 8 * 64;
 inline constexpr std::int32_t kPanelFormats = 4;
+inline constexpr std::int32_t kTokenFormats = 3;
+
+enum class TokenFormat : std::uint8_t { bf16, f16, nvfp4 };
+
+// A token as the layer holds it.
+struct Row {
+  const std::uint8_t* values;  // [cols] bf16 or f16, or [cols/2] E2M1 pairs, low nibble first; any alignment
+  const std::uint8_t* scales;  // [cols/16] E4M3; null unless nvfp4
+};
 
 struct Strip {
   const std::byte* panels;  // [count] panels, `stride` bytes apart, 64-byte aligned; order in weights/packed.h
   std::int64_t stride;
   std::int32_t count;
-  std::int32_t blocks;  // columns / 16
-  const float* x;       // [blocks, m, 16]: the tile's tokens block by block, 64-byte aligned
-  float* out;           // [count, m, 16]: sums of each panel's rows, overwritten, 64-byte aligned
+  std::int32_t blocks;   // columns / 16
+  const std::byte* x;    // [steps, m, step_bytes]: the tile's tokens in the atom's form, 64-byte aligned; kSlack
+                         // more bytes can be read
+  const float* factors;  // [m]: what load returned for each token
+  std::int32_t tokens;   // m
+  float* out;            // [count, m, 16]: sums of each panel's rows, overwritten, 64-byte aligned
 };
 
 struct Atom {
   using Multiply = void (*)(const Strip&);
-  using Widen = void (*)(const std::uint8_t* row, std::int32_t blocks, float* out, std::int64_t stride);
+  // Writes a token's step s to out + s * stride; returns the power of two that its sums are to be multiplied by.
+  using Load = float (*)(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride);
 
+  const char* name;                            // its instructions and the form of tokens, as describe() says it
   std::int32_t tile;                           // most tokens of a tile, <= kMaxTile
-  Multiply multiply[kPanelFormats][kMaxTile];  // [weights::PanelFormat][m - 1], m = 1..tile
-
-  // Rows of [blocks * 16] bf16 or f16 values of any alignment to f32, exact; block b goes to out + b * stride.
-  Widen widen_bf16;
-  Widen widen_f16;
+  std::int32_t step_blocks;                    // blocks of columns in a step of x
+  std::int32_t step_bytes;                     // of one token
+  Multiply multiply[kPanelFormats][kMaxTile];  // [weights::PanelFormat][m - 1], m = 1..tile; null: not for this format
+  Load load[kTokenFormats];                    // [TokenFormat]; null: not for this format
+  void (*enter)(std::int32_t tokens);  // called by a thread before it multiplies tiles of so many tokens; may be null
+  void (*leave)();                     // and when it has done with them
 };
+
+// A tile's sums of gate and up, and what they become.
+struct Gates {
+  const float* gate;  // [rows, 16]
+  const float* up;    // [rows, 16]; the same as gate where there is no gate
+  std::int32_t rows;
+  float gate_global;
+  float up_global;
+  const float* gate_bias;    // [16] or null
+  const float* up_bias;      // [16] or null
+  float alpha, beta, limit;  // of Activation
+  float* y;                  // [rows, 16], overwritten, 64-byte aligned
+};
+
+// A tile's sums of down.
+struct Sums {
+  const float* sums;  // [rows, 16]
+  std::int32_t rows;
+  float global;
+  const float* bias;  // [16] or null
+  float* out;         // [rows, 16], rows `stride` apart, overwritten
+  std::int64_t stride;
+};
+
+// What becomes of sums, by vectors: a value depends on its own sums alone.
+struct Finish {
+  using Activate = void (*)(const Gates&);
+  using Round = void (*)(const float* y, std::int32_t rows, std::uint16_t* out, std::int64_t stride);
+  using Scale = void (*)(const Sums&);
+
+  Activate activate[5];  // [ActivationKind]; null: the level has no vectors for it, the portable one serves
+  Round round_bf16;      // [rows, 16] to rows `stride` apart
+  Round round_f16;       // saturates
+  Scale scale;
+};
+
+// NVFP4 tokens to f32, without the global scale: exact. For atoms of f32 tokens.
+float widen_nvfp4(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride);
+
+float e4m3_to_f32(std::uint8_t byte);
 
 // Null where the build's target lacks the level.
 const Atom* atom_portable();
 const Atom* atom_avx2();
 const Atom* atom_avx512();
+const Finish* finish_portable();
+const Finish* finish_avx2();
+const Finish* finish_avx512();
+const Atom* atom_vnni();  // nvfp4 tokens, nvfp4 and mxfp4 panels
+const Atom* atom_amx();   // bf16 tokens, nvfp4 panels
 
 }  // namespace fourmoe::cpu

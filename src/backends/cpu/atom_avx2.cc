@@ -25,7 +25,9 @@ struct Lanes {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F value) { _mm256_store_ps(p, value); }
+  static void store_unaligned(float* p, F value) { _mm256_storeu_ps(p, value); }
   static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
   static U words(const std::byte* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -48,34 +50,69 @@ struct Lanes {
   static F e8m0(const std::byte* p) {
     return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_slli_epi32(bytes(p), 23), _mm256_set1_epi32(0x00400000)));
   }
+
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F power(F n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
+  static void bf16(std::uint16_t* p, F value) {
+    const U bits = _mm256_castps_si256(value);
+    const U odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const U rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const U nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));  // a NaN stays one
+    const U kept =
+        _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(nan),
+                                                               _mm256_cmp_ps(value, value, _CMP_UNORD_Q))),
+                          16);
+    const U packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static void f16(std::uint16_t* p, F value) {
+    const F limit = _mm256_set1_ps(65504.0f);
+    const F within = max(_mm256_sub_ps(zero(), limit), min(limit, value));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT));
+  }
 };
 
 __m128i load_halves(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
-void widen_bf16(const std::uint8_t* row, std::int32_t blocks, float* out, std::int64_t stride) {
-  for (std::int32_t b = 0; b < blocks; ++b, row += 32, out += stride) {
-    _mm256_store_ps(out, Lanes::widen(load_halves(row)));
-    _mm256_store_ps(out + 8, Lanes::widen(load_halves(row + 16)));
+float widen_bf16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
+  for (std::int32_t b = 0; b < blocks; ++b, out += stride) {
+    float* x = reinterpret_cast<float*>(out);
+    _mm256_store_ps(x, Lanes::widen(load_halves(row.values + 32 * b)));
+    _mm256_store_ps(x + 8, Lanes::widen(load_halves(row.values + 32 * b + 16)));
   }
+  return 1.0f;
 }
 
-void widen_f16(const std::uint8_t* row, std::int32_t blocks, float* out, std::int64_t stride) {
-  for (std::int32_t b = 0; b < blocks; ++b, row += 32, out += stride) {
-    _mm256_store_ps(out, _mm256_cvtph_ps(load_halves(row)));
-    _mm256_store_ps(out + 8, _mm256_cvtph_ps(load_halves(row + 16)));
+float widen_f16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
+  for (std::int32_t b = 0; b < blocks; ++b, out += stride) {
+    float* x = reinterpret_cast<float*>(out);
+    _mm256_store_ps(x, _mm256_cvtph_ps(load_halves(row.values + 32 * b)));
+    _mm256_store_ps(x + 8, _mm256_cvtph_ps(load_halves(row.values + 32 * b + 16)));
   }
+  return 1.0f;
 }
 
 }  // namespace
 }  // namespace fourmoe::cpu
 
+#include "backends/cpu/atom_finish.h"
 #include "backends/cpu/atom_kernel.h"
 
 namespace fourmoe::cpu {
 
 const Atom* atom_avx2() {
-  static constexpr Atom kAtom = make_atom(widen_bf16, widen_f16);
+  static constexpr Atom kAtom = make_atom("AVX2 on f32 tokens", widen_bf16, widen_f16);
   return &kAtom;
+}
+
+const Finish* finish_avx2() {
+  static constexpr Finish kFinish = make_finish();
+  return &kFinish;
 }
 
 }  // namespace fourmoe::cpu
@@ -84,6 +121,7 @@ const Atom* atom_avx2() {
 
 namespace fourmoe::cpu {
 const Atom* atom_avx2() { return nullptr; }
+const Finish* finish_avx2() { return nullptr; }
 }  // namespace fourmoe::cpu
 
 #endif

@@ -28,7 +28,9 @@ struct Lanes {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F value) { _mm512_store_ps(p, value); }
+  static void store_unaligned(float* p, F value) { _mm512_storeu_ps(p, value); }
   static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
   static U words(const std::byte* p) { return _mm512_load_si512(p); }
@@ -51,29 +53,59 @@ struct Lanes {
   static F e8m0(const std::byte* p) {
     return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_slli_epi32(bytes(p), 23), _mm512_set1_epi32(0x00400000)));
   }
+
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F power(F n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  }
+  static void bf16(std::uint16_t* p, F value) {
+    const U bits = _mm512_castps_si512(value);
+    const U odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const U rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    const U kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));  // a NaN stays one
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  }
+  static void f16(std::uint16_t* p, F value) {
+    const F limit = _mm512_set1_ps(65504.0f);
+    const F within = max(_mm512_sub_ps(zero(), limit), min(limit, value));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT));
+  }
 };
 
 __m256i load_halves(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
-void widen_bf16(const std::uint8_t* row, std::int32_t blocks, float* out, std::int64_t stride) {
-  for (std::int32_t b = 0; b < blocks; ++b) _mm512_store_ps(out + b * stride, Lanes::widen(load_halves(row + 32 * b)));
+float widen_bf16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
+  for (std::int32_t b = 0; b < blocks; ++b)
+    _mm512_store_ps(out + b * stride, Lanes::widen(load_halves(row.values + 32 * b)));
+  return 1.0f;
 }
 
-void widen_f16(const std::uint8_t* row, std::int32_t blocks, float* out, std::int64_t stride) {
+float widen_f16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
   for (std::int32_t b = 0; b < blocks; ++b)
-    _mm512_store_ps(out + b * stride, _mm512_cvtph_ps(load_halves(row + 32 * b)));
+    _mm512_store_ps(out + b * stride, _mm512_cvtph_ps(load_halves(row.values + 32 * b)));
+  return 1.0f;
 }
 
 }  // namespace
 }  // namespace fourmoe::cpu
 
+#include "backends/cpu/atom_finish.h"
 #include "backends/cpu/atom_kernel.h"
 
 namespace fourmoe::cpu {
 
 const Atom* atom_avx512() {
-  static constexpr Atom kAtom = make_atom(widen_bf16, widen_f16);
+  static constexpr Atom kAtom = make_atom("AVX-512 on f32 tokens", widen_bf16, widen_f16);
   return &kAtom;
+}
+
+const Finish* finish_avx512() {
+  static constexpr Finish kFinish = make_finish();
+  return &kFinish;
 }
 
 }  // namespace fourmoe::cpu
@@ -82,6 +114,7 @@ const Atom* atom_avx512() {
 
 namespace fourmoe::cpu {
 const Atom* atom_avx512() { return nullptr; }
+const Finish* finish_avx512() { return nullptr; }
 }  // namespace fourmoe::cpu
 
 #endif

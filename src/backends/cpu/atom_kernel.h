@@ -14,18 +14,10 @@
 #include <utility>
 
 #include "backends/cpu/atom.h"
+#include "backends/cpu/atom_inline.h"
 
 namespace fourmoe::cpu {
 namespace {
-
-#define FOURMOE_INLINE __attribute__((always_inline)) inline
-
-// Loops over vectors and tokens unroll, so that their arrays are registers.
-#if defined(__clang__)
-#define FOURMOE_UNROLL _Pragma("unroll")
-#else
-#define FOURMOE_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // f(0), f(1), ... f(N - 1), each with its index as a constant.
 template <int N, class F>
@@ -141,8 +133,8 @@ void multiply(const Strip& strip) {
   constexpr int kVectors = M <= kWide ? kPanelRows / Lanes::kRows : 1;
   for (int p = 0; p < strip.count; ++p) {
     for (int row = 0; row < kPanelRows; row += kVectors * Lanes::kRows) {
-      multiply_rows<Block, M, kVectors>(strip.panels + p * strip.stride, strip.blocks, row, strip.x,
-                                        strip.out + p * M * kPanelRows);
+      multiply_rows<Block, M, kVectors>(strip.panels + p * strip.stride, strip.blocks, row,
+                                        reinterpret_cast<const float*>(strip.x), strip.out + p * M * kPanelRows);
     }
   }
 }
@@ -152,16 +144,20 @@ constexpr void fill(Atom::Multiply* row, std::integer_sequence<int, I...>) {
   ((row[I] = multiply<Block, I + 1>), ...);
 }
 
-constexpr Atom make_atom(Atom::Widen widen_bf16, Atom::Widen widen_f16) {
+constexpr Atom make_atom(const char* name, Atom::Load widen_bf16, Atom::Load widen_f16) {
   Atom atom{};
+  atom.name = name;
   atom.tile = kTile;
+  atom.step_blocks = 1;
+  atom.step_bytes = 16 * sizeof(float);
   constexpr auto tokens = std::make_integer_sequence<int, kTile>{};
   fill<Fp4<kUe5m3>>(atom.multiply[0], tokens);  // in the order of weights::PanelFormat
   fill<Fp4<kE8m0>>(atom.multiply[1], tokens);
   fill<Dense<2>>(atom.multiply[2], tokens);
   fill<Dense<4>>(atom.multiply[3], tokens);
-  atom.widen_bf16 = widen_bf16;
-  atom.widen_f16 = widen_f16;
+  atom.load[0] = widen_bf16;  // in the order of TokenFormat
+  atom.load[1] = widen_f16;
+  atom.load[2] = widen_nvfp4;
   return atom;
 }
 

@@ -3,6 +3,7 @@
 
 #include "backends/cpu/atom.h"
 #include "format/nvfp4.h"
+#include "gemm1/activation.h"
 
 namespace fourmoe::cpu {
 namespace {
@@ -53,9 +54,38 @@ struct Lanes {
 };
 
 template <f32 (*Read)(u16)>
-void widen(const u8* row, i32 blocks, f32* out, i64 stride) {
-  for (i32 b = 0; b < blocks; ++b, row += 32, out += stride) {
-    for (i32 i = 0; i < 16; ++i) out[i] = Read(format::load<u16>(row + 2 * i));
+f32 widen(const Row& row, i32 blocks, std::byte* out, i64 stride) {
+  for (i32 b = 0; b < blocks; ++b, out += stride) {
+    f32* x = reinterpret_cast<f32*>(out);
+    for (i32 i = 0; i < 16; ++i) x[i] = Read(format::load<u16>(row.values + 2 * (16 * b + i)));
+  }
+  return 1.0f;
+}
+
+f32 plus(f32 value, const f32* bias, i32 i) { return bias == nullptr ? value : value + bias[i]; }
+
+template <ActivationKind kKind>
+void activate(const Gates& g) {
+  const Activation activation{kKind, g.alpha, g.beta, g.limit};
+  for (i32 at = 0; at < g.rows * kPanelRows; ++at) {
+    const i32 i = at % kPanelRows;
+    const f32 gate = plus(g.gate[at] * g.gate_global, g.gate_bias, i);
+    g.y[at] = gemm1::activate(activation, gate, plus(g.up[at] * g.up_global, g.up_bias, i));
+  }
+}
+
+template <u16 (*Round)(f32)>
+void round_rows(const f32* y, i32 rows, u16* out, i64 stride) {
+  for (i32 r = 0; r < rows; ++r, y += kPanelRows, out += stride) {
+    for (i32 i = 0; i < kPanelRows; ++i) out[i] = Round(y[i]);
+  }
+}
+
+void scale_rows(const Sums& s) {
+  for (i32 r = 0; r < s.rows; ++r) {
+    for (i32 i = 0; i < kPanelRows; ++i) {
+      s.out[r * s.stride + i] = plus(s.sums[r * kPanelRows + i] * s.global, s.bias, i);
+    }
   }
 }
 
@@ -67,8 +97,18 @@ void widen(const u8* row, i32 blocks, f32* out, i64 stride) {
 namespace fourmoe::cpu {
 
 const Atom* atom_portable() {
-  static constexpr Atom kAtom = make_atom(widen<format::from_bf16>, widen<format::from_f16>);
+  static constexpr Atom kAtom = make_atom("plain C++ on f32 tokens", widen<format::from_bf16>, widen<format::from_f16>);
   return &kAtom;
+}
+
+const Finish* finish_portable() {
+  using enum ActivationKind;
+  static constexpr Finish kFinish = {
+      {activate<swiglu>, activate<swiglu_clamped>, activate<geglu_erf>, activate<geglu_tanh>, activate<relu2>},
+      round_rows<format::to_bf16>,
+      round_rows<format::to_f16_saturated>,
+      scale_rows};
+  return &kFinish;
 }
 
 }  // namespace fourmoe::cpu

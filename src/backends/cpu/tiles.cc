@@ -8,18 +8,32 @@
 namespace fourmoe::cpu {
 namespace {
 
-// A chunk's f32 rows share the second-level cache (1 to 2 MiB on today's cores) with the panels that stream by.
+// A chunk's rows share the second-level cache (1 to 2 MiB on today's cores) with the panels that stream by.
 constexpr i64 kChunkBytes = 512 << 10;
-constexpr i32 kMostChunkRows = 64;   // more rows bring no further reuse and make items coarse
+constexpr i32 kLeastChunkRows = 16;
+constexpr i32 kMostChunkRows = 128;  // more rows bring no further reuse and make items coarse
 constexpr i32 kItemsAWorker = 32;    // the last item to finish costs at most a thirty-second of the time
 constexpr i32 kLeastItemPanels = 4;  // below this, taking an item and loading its rows show
 
 i32 ceil_div(i32 a, i32 b) { return (a + b - 1) / b; }
 
-i32 chunk_rows(i32 cols) {
-  const i32 fitting = static_cast<i32>(kChunkBytes / (4 * i64{cols}));
-  return std::clamp(fitting / kMaxTile * kMaxTile, kMaxTile, kMostChunkRows / kMaxTile * kMaxTile);
+i64 row_bytes(const Atom& atom, i32 cols) { return i64{ceil_div(cols / 16, atom.step_blocks)} * atom.step_bytes; }
+
+// Whole tiles, unless a single one is too large.
+i32 chunk_rows(const Atom& atom, i32 cols) {
+  const i32 fitting = static_cast<i32>(std::min<i64>(kChunkBytes / row_bytes(atom, cols), kMostChunkRows));
+  return std::max(fitting >= atom.tile ? fitting / atom.tile * atom.tile : fitting, kLeastChunkRows);
 }
+
+// A worker's scratch: a chunk's rows, and a row that is being made.
+struct Scratch {
+  Scratch(const Atom& atom, i32 cols)
+      : rows(i64{chunk_rows(atom, cols)} * row_bytes(atom, cols)),
+        bytes(rows + std::max(ceil_div(2 * cols, 64) * 64, kSlack)) {}
+
+  i64 rows;
+  i64 bytes;
+};
 
 i32 workers(const Machine& machine) { return std::max(machine.cores, 1); }
 
@@ -70,18 +84,32 @@ struct Cut {
 };
 
 Cut cut(const Product& product, i32 units, i32 threads) {
-  const i32 strips = ceil_div(product.panels(), product.strip_panels());
+  const i32 strips = ceil_div(product.panels(), kStripPanels);
   const i32 most = std::max(1, product.panels() / kLeastItemPanels);
   const i32 parts = std::clamp(ceil_div(kItemsAWorker * threads, std::max(units, 1)), 1, most);
   return {parts, strips, units * parts};
 }
 
+TokenFormat token_format(const Problem& problem) {
+  if (problem.precision == Precision::w4a4) return TokenFormat::nvfp4;
+  return problem.activations == format::Dtype::f16 ? TokenFormat::f16 : TokenFormat::bf16;
+}
+
 class Worker {
  public:
-  Worker(const Product& product, const Args& args, const Atom& atom, f32* x)
-      : product_(product), args_(args), atom_(atom), x_(x), blocks_(product.cols() / 16) {
+  Worker(const Product& product, const Args& args, const Atom& atom, std::byte* scratch)
+      : product_(product), args_(args), atom_(atom), x_(scratch), blocks_(product.cols() / 16) {
+    buffer_ = reinterpret_cast<u16*>(scratch + Scratch(atom, product.cols()).rows);
+    row_bytes_ = row_bytes(atom, product.cols());
+    load_ = atom.load[static_cast<int>(token_format(*args.problem))];
     format_ = weights::panel_format(args.problem->encoding);
     stride_ = weights::panel_bytes(format_, kOrder, product.cols());
+  }
+
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+  ~Worker() {
+    if (entered_ != 0 && atom_.leave != nullptr) atom_.leave();
   }
 
   // Strips [from, to) times the unit's rows.
@@ -101,8 +129,11 @@ class Worker {
     for (i32 tile = 0; tile < tiles; ++tile) {
       const i32 begin = tile_begin(unit, tile, tiles);
       const i32 rows = tile_begin(unit, tile + 1, tiles) - begin;
-      f32* x = x_ + i64{begin} * product_.cols();
-      for (i32 r = 0; r < rows; ++r) product_.load(unit.first + begin + r, x + 16 * r, 16 * rows);
+      std::byte* x = x_ + begin * row_bytes_;
+      for (i32 r = 0; r < rows; ++r) {
+        const Row row = product_.row(unit.first + begin + r, buffer_);
+        factors_[begin + r] = load_(row, blocks_, x + r * atom_.step_bytes, i64{rows} * atom_.step_bytes);
+      }
     }
     held_ = unit;
   }
@@ -110,23 +141,31 @@ class Worker {
   void multiply_tile(const Unit& unit, i32 strip, i32 tile, i32 tiles) {
     const i32 begin = tile_begin(unit, tile, tiles);
     const i32 rows = tile_begin(unit, tile + 1, tiles) - begin;
-    const i32 panel = strip * product_.strip_panels();
-    const i32 panels = std::min(product_.strip_panels(), product_.panels() - panel);
+    const i32 panel = strip * kStripPanels;
+    const i32 panels = std::min(kStripPanels, product_.panels() - panel);
     const weights::Expert& expert = args_.weights.experts[unit.expert];
+    if (rows != entered_ && atom_.enter != nullptr) atom_.enter(rows);
+    entered_ = rows;
     alignas(64) f32 sums[kStripPanels * kMaxTile * kPanelRows];
-    atom_.multiply[static_cast<int>(format_)][rows - 1](
-        {product_.blob(expert) + panel * stride_, stride_, panels, blocks_, x_ + i64{begin} * product_.cols(), sums});
+    atom_.multiply[static_cast<int>(format_)][rows - 1]({product_.blob(expert) + panel * stride_, stride_, panels,
+                                                         blocks_, x_ + begin * row_bytes_, factors_ + begin, rows,
+                                                         sums});
     product_.store({&expert, unit.first + begin, rows, panel, panels, sums});
   }
 
   const Product& product_;
   const Args& args_;
   const Atom& atom_;
-  f32* x_;  // [chunk_rows, cols], tile after tile in the atom's order
+  std::byte* x_;  // [chunk_rows], tile after tile in the atom's form
+  u16* buffer_;   // [cols]
+  f32 factors_[kMostChunkRows];
+  i64 row_bytes_;
+  Atom::Load load_;
   i32 blocks_;
   i64 stride_;
   weights::PanelFormat format_;
   Unit held_;
+  i32 entered_ = 0;  // tokens of the tile multiplied last
 };
 
 Status check_weights(const Product& product, const Args& args) {
@@ -140,25 +179,38 @@ Status check_weights(const Product& product, const Args& args) {
 
 }  // namespace
 
-const Atom* atom_of(CpuLevel level) {
-  switch (level) {
-    case CpuLevel::portable: return atom_portable();
-    case CpuLevel::avx2: return atom_avx2();
-    case CpuLevel::avx512: return atom_avx512();
+const Atom* atom_for(const Problem& problem, const Machine& machine) {
+  const bool w4a16 = problem.precision == Precision::w4a16;
+  const CpuLevel level = machine.cpu_level;
+  if (level >= CpuLevel::amx && w4a16 && problem.activations == format::Dtype::bf16 &&
+      problem.encoding == format::Encoding::nvfp4) {
+    return atom_amx();
   }
-  return nullptr;
+  if (level >= CpuLevel::vnni && !w4a16) return atom_vnni();
+  if (level >= CpuLevel::avx512) return atom_avx512();
+  return level == CpuLevel::avx2 ? atom_avx2() : atom_portable();
 }
 
-void widen_nvfp4(const u8* codes, const u8* scales, i32 blocks, f32* x, i64 stride) {
-  for (i32 b = 0; b < blocks; ++b) {
-    const f32 scale = format::from_e4m3(scales[b]);
-    f32* out = x + b * stride;
-    for (i32 i = 0; i < 16; ++i) out[i] = format::from_e2m1(format::code_at(codes, 16 * i64{b} + i)) * scale;
+const Finish& finish_of(const Machine& machine) {
+  const Finish* best = machine.cpu_level >= CpuLevel::avx512 ? finish_avx512()
+                       : machine.cpu_level == CpuLevel::avx2 ? finish_avx2()
+                                                             : nullptr;
+  return best != nullptr ? *best : *finish_portable();
+}
+
+f32 e4m3_to_f32(u8 byte) { return format::from_e4m3(byte); }
+
+f32 widen_nvfp4(const Row& row, i32 blocks, std::byte* out, i64 stride) {
+  for (i32 b = 0; b < blocks; ++b, out += stride) {
+    const f32 scale = format::from_e4m3(row.scales[b]);
+    f32* x = reinterpret_cast<f32*>(out);
+    for (i32 i = 0; i < 16; ++i) x[i] = format::from_e2m1(format::code_at(row.values, 16 * i64{b} + i)) * scale;
   }
+  return 1.0f;
 }
 
 Verdict can(const Problem& problem, const Machine& machine) {
-  if (atom_of(machine.cpu_level) == nullptr) {
+  if (atom_for(problem, machine) == nullptr) {
     return reject(Reason::not_built, fmt::format("this build has no {} level; FOURMOE_CPU_LEVEL=portable would pass",
                                                  cpu_level_name(machine.cpu_level)));
   }
@@ -169,26 +221,28 @@ Verdict can(const Problem& problem, const Machine& machine) {
   return accept();
 }
 
-std::string describe(const Problem&, const Machine& machine) {
-  const Atom* atom = atom_of(machine.cpu_level);
-  return fmt::format("{}, panels of {} rows, up to {} tokens a tile", cpu_level_name(machine.cpu_level), kPanelRows,
-                     atom == nullptr ? 0 : atom->tile);
+std::string describe(const Problem& problem, const Machine& machine) {
+  const Atom* atom = atom_for(problem, machine);
+  return fmt::format("{}: {}, panels of {} rows, up to {} tokens a tile", cpu_level_name(machine.cpu_level),
+                     atom == nullptr ? "not built" : atom->name, kPanelRows, atom == nullptr ? 0 : atom->tile);
 }
 
-i64 scratch_bytes(i32 cols, const Machine& machine) { return i64{4} * workers(machine) * chunk_rows(cols) * cols; }
+i64 scratch_bytes(const Problem& problem, i32 cols, const Machine& machine) {
+  const Atom* atom = atom_for(problem, machine);
+  return atom == nullptr ? 0 : workers(machine) * Scratch(*atom, cols).bytes;
+}
 
 Status multiply(const Product& product, const Args& args, std::byte* scratch) {
   if (Status status = check_weights(product, args); !status.ok()) return status;
-  const i32 rows = chunk_rows(product.cols());
-  const Units units(args.slots.expert_begin, args.problem->local_experts, rows);
+  const Atom& atom = *atom_for(*args.problem, *args.machine);
+  const i64 worker_bytes = Scratch(atom, product.cols()).bytes;
+  const Units units(args.slots.expert_begin, args.problem->local_experts, chunk_rows(atom, product.cols()));
   const i32 threads = std::min(args.executor->threads(), workers(*args.machine));
   const Cut plan = cut(product, units.count(), threads);
-  const Atom& atom = *atom_of(args.machine->cpu_level);
 
   std::atomic<i32> next = 0;
   args.executor->parallel_for(std::min(threads, plan.items), [&](i64 index) {
-    f32* x = reinterpret_cast<f32*>(scratch) + index * rows * product.cols();
-    Worker worker(product, args, atom, x);
+    Worker worker(product, args, atom, scratch + index * worker_bytes);
     Units own = units;
     for (i32 item = next++; item < plan.items; item = next++) {
       const Unit unit = own.seek(item / plan.parts);

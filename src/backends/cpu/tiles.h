@@ -1,8 +1,9 @@
 // Tiles: how the cpu room cuts the product of slots and packed weights, once for gemm1 and gemm2.
 //
-// A unit is a chunk of one expert's slots; its rows are held as f32 in a worker's scratch, tile by tile. An item is a
-// unit times a range of panel strips. Workers take items in order, so the next item mostly finds its unit already held,
-// and a worker's weights are one stream. Neither the cut nor who takes what changes a result: atom.h fixes the sums.
+// A unit is a chunk of one expert's slots; its rows are held in the atom's form in a worker's scratch, tile by tile. An
+// item is a unit times a range of panel strips. Workers take items in order, so the next item mostly finds its unit
+// already held, and a worker's weights are one stream. Neither the cut nor who takes what changes a result: atom.h
+// fixes the sums.
 #pragma once
 
 #include "args.h"
@@ -12,7 +13,7 @@
 namespace fourmoe::cpu {
 
 inline constexpr weights::Order kOrder{kPanelRows};
-inline constexpr i32 kStripPanels = 2;  // most panels of a strip: gate and up of the same rows
+inline constexpr i32 kStripPanels = 2;  // most panels of a strip: gate and up of 16 rows
 
 // Tokens of a tile by all rows of a strip, as gemm1 and gemm2 take it over.
 struct Tile {
@@ -28,26 +29,24 @@ struct Tile {
 class Product {
  public:
   virtual ~Product() = default;
-  virtual i32 cols() const = 0;          // summed over
-  virtual i32 panels() const = 0;        // of one expert's blob
-  virtual i32 strip_panels() const = 0;  // 1..kStripPanels
+  virtual i32 cols() const = 0;    // summed over
+  virtual i32 panels() const = 0;  // of one expert's blob
   virtual const std::byte* blob(const weights::Expert& expert) const = 0;
-  virtual void load(i32 slot, f32* x, i64 stride) const = 0;  // the slot's row, block b of 16 at x + b * stride
-  virtual void store(const Tile& tile) const = 0;             // called from any thread, once for every tile
+  virtual Row row(i32 slot, u16* buffer) const = 0;  // the slot's row; in `buffer` [cols] where it has to be made first
+  virtual void store(const Tile& tile) const = 0;    // called from any thread, once for every tile
 };
 
-// The level's table, or null where this build lacks it.
-const Atom* atom_of(CpuLevel level);
+// What multiplies this problem on this machine, or null where this build lacks it. It does not depend on the batch.
+const Atom* atom_for(const Problem& problem, const Machine& machine);
 
-// NVFP4 codes and scales of a row to f32, without the global scale: exact.
-void widen_nvfp4(const u8* codes, const u8* scales, i32 blocks, f32* x, i64 stride);
+const Finish& finish_of(const Machine& machine);
 
 // What both steps ask of problem and machine.
 Verdict can(const Problem& problem, const Machine& machine);
 std::string describe(const Problem& problem, const Machine& machine);
 
 // Scratch of a product over `cols` columns.
-i64 scratch_bytes(i32 cols, const Machine& machine);
+i64 scratch_bytes(const Problem& problem, i32 cols, const Machine& machine);
 
 Status multiply(const Product& product, const Args& args, std::byte* scratch);
 
