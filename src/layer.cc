@@ -145,6 +145,36 @@ i64 Layer::packed_bytes() const {
 
 namespace {
 
+bool same_form(const format::Matrix& a, const format::Matrix& b) {
+  return a.rows == b.rows && a.cols == b.cols && a.encoding == b.encoding && a.empty() == b.empty();
+}
+
+}  // namespace
+
+void Layer::refit(std::vector<weights::Expert> experts, std::shared_ptr<const void> owner) {
+  std::vector<weights::Expert>& current = impl_->weights.experts;
+  if (experts.size() != current.size()) {
+    throw Error(Reason::argument_invalid, fmt::format("{} experts, the layer has {}", experts.size(), current.size()));
+  }
+  for (std::size_t e = 0; e < experts.size(); ++e) {
+    const weights::Expert& old = current[e];
+    if (same_form(experts[e].gate, old.gate) && same_form(experts[e].up, old.up) &&
+        same_form(experts[e].down, old.down)) {
+      continue;
+    }
+    throw Error(Reason::argument_invalid,
+                fmt::format("expert {} differs from the layer's in shape or encoding: up is [{}, {}] {}, expected [{}, "
+                            "{}] {} (columns unpacked)",
+                            e, experts[e].up.rows, experts[e].up.cols, format::encoding_name(experts[e].up.encoding),
+                            old.up.rows, old.up.cols, format::encoding_name(old.up.encoding)));
+  }
+  if (impl_->packed) impl_->packed->repack(experts, *impl_->executor);
+  current = std::move(experts);
+  impl_->weights.owner = std::move(owner);
+}
+
+namespace {
+
 // Every token's one pick is the shared expert; it weighs 1, or the sigmoid of its own gate.
 void pick_shared(const checkpoint::Layer::Shared& shared, const Tensor& hidden, Executor& executor, const Pass& pass) {
   std::fill_n(pass.shared_ids, hidden.rows, 0);

@@ -45,6 +45,10 @@ class Layer {
   i64 workspace_bytes() const;  // for one pass of max_tokens
   i64 packed_bytes() const;     // 0 where the room reads the checkpoint's matrices
 
+  // Replaces the routed experts' weights: packs them into the memory of the old ones. Same number of experts, shapes
+  // and encoding, else throws Error(argument_invalid). `owner` keeps what they point to. No call may be under way.
+  void refit(std::vector<weights::Expert> experts, std::shared_ptr<const void> owner);
+
   // Never throws. Given a workspace of workspace_bytes() it makes no memory of its own for the tokens; given none it
   // uses memory that the layer keeps, and calls from several threads then take turns.
   Status run(const LayerCall& call, Workspace workspace = {});
