@@ -6,10 +6,9 @@
 #include "checkpoint/checkpoint.h"
 #include "command.h"
 #include "describe.h"
+#include "explain_text.h"
 #include "machine.h"
 #include "plan.h"
-#include "quantity.h"
-#include "table.h"
 
 namespace fourmoe::tools {
 namespace {
@@ -41,39 +40,6 @@ Problem read_problem(const Options& options, std::string* what) {
   throw Error(Reason::layer_missing, options.layer < 0 ? fmt::format("{} has no MoE layers", info.path)
                                                        : fmt::format("{} has no MoE layer {}; it has {}", info.path,
                                                                      options.layer, known.empty() ? "none" : known));
-}
-
-std::string verdict_words(const plan::Candidate& candidate) {
-  if (candidate.chosen) return "chosen";
-  return candidate.verdict.accepted() ? "accepts" : std::string(reason_name(candidate.verdict.reason));
-}
-
-std::string detail_words(const plan::Candidate& candidate, const Problem& problem) {
-  if (!candidate.verdict.accepted()) return candidate.verdict.detail;
-  return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, machine());
-}
-
-void print_text(const std::string& what, const plan::Plan& plan, const Status& status) {
-  const Problem& p = plan.problem;
-  Facts facts;
-  facts.add("machine", machine_words(machine()));
-  facts.add("layer", what);
-  facts.add("problem", fmt::format("{}, {}, {}, {}", shape_words(p), activation_words(p.activation),
-                                   format::encoding_name(p.encoding), precision_name(p.precision)));
-  facts.add("routing", routing_words(p.routing));
-  facts.add("tokens", fmt::format("up to {}", p.max_tokens));
-  if (status.ok()) {
-    facts.add("plan", steps_words(plan));
-    facts.add("workspace", bytes_text(plan.workspace_bytes));
-  } else {
-    facts.add("plan", "none");
-  }
-  fmt::print("{}\n", facts.text());
-  Table table({"step", "stages", "verdict", "detail"});
-  for (const plan::Candidate& c : plan.candidates) {
-    table.add({step_words(*c.step), span_words(c.step->span), verdict_words(c), detail_words(c, p)});
-  }
-  fmt::print("{}", table.text());
 }
 
 Json plan_json(const std::string& what, const plan::Plan& plan, const Status& status) {
@@ -110,7 +76,7 @@ int run(const Options& options) {
   plan::Plan plan;
   const Status status = plan::make(problem, machine(), {options.backend, {}}, &plan);
   if (options.json) print_json(plan_json(what, plan, status));
-  else print_text(what, plan, status);
+  else fmt::print("{}", explain_text(what, plan, status));
   std::fflush(stdout);
   throw_unless_ok(status);
   return kSuccess;

@@ -1,0 +1,44 @@
+#include "explain_text.h"
+
+#include <fmt/format.h>
+
+#include "describe.h"
+#include "machine.h"
+#include "quantity.h"
+#include "table.h"
+
+namespace fourmoe::tools {
+
+std::string verdict_words(const plan::Candidate& candidate) {
+  if (candidate.chosen) return "chosen";
+  return candidate.verdict.accepted() ? "accepts" : std::string(reason_name(candidate.verdict.reason));
+}
+
+std::string detail_words(const plan::Candidate& candidate, const Problem& problem) {
+  if (!candidate.verdict.accepted()) return candidate.verdict.detail;
+  return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, machine());
+}
+
+std::string explain_text(const std::string& what, const plan::Plan& plan, const Status& status) {
+  const Problem& p = plan.problem;
+  Facts facts;
+  facts.add("machine", machine_words(machine()));
+  facts.add("layer", what);
+  facts.add("problem", fmt::format("{}, {}, {}, {}", shape_words(p), activation_words(p.activation),
+                                   format::encoding_name(p.encoding), precision_name(p.precision)));
+  facts.add("routing", routing_words(p.routing));
+  facts.add("tokens", fmt::format("up to {}", p.max_tokens));
+  if (status.ok()) {
+    facts.add("plan", steps_words(plan));
+    facts.add("workspace", bytes_text(plan.workspace_bytes));
+  } else {
+    facts.add("plan", "none");
+  }
+  Table table({"step", "stages", "verdict", "detail"});
+  for (const plan::Candidate& c : plan.candidates) {
+    table.add({step_words(*c.step), span_words(c.step->span), verdict_words(c), detail_words(c, p)});
+  }
+  return fmt::format("{}\n{}", facts.text(), table.text());
+}
+
+}  // namespace fourmoe::tools
