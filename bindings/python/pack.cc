@@ -186,6 +186,7 @@ PyLayer* load(const nb::dict& dictionary) {
   std::filesystem::path path;
   if (!nb::try_cast(given.object("path"), path)) throw Error(Reason::argument_invalid, "path is not a path");
   i32 index = given.get("layer", -1);
+  const bool shared = given.get("shared", true);
   checkpoint::Layer layer;
   {
     const nb::gil_scoped_release unlocked;
@@ -197,6 +198,7 @@ PyLayer* load(const nb::dict& dictionary) {
     }
     if (index < 0) index = known.front();
     layer = checkpoint.load(index, tbb_executor(choices.threads));
+    if (!shared) layer.shared.reset();
   }
   return new PyLayer(std::move(layer), choices, fmt::format("{}, layer {}", path.string(), index), {});
 }

@@ -11,7 +11,8 @@ Weight = Union[Array, Sequence[Array]]  # one array, or its splits along the exp
 
 
 def load(path: Union[str, "os.PathLike[str]"], layer: Union[int, None] = None, *, device: Any = "cpu",
-         precision: str = "w4a16", max_tokens: int = 1024, plan: str = "auto", threads: int = 0) -> _core.Layer:
+         precision: str = "w4a16", max_tokens: int = 1024, plan: str = "auto", threads: int = 0,
+         shared: bool = True) -> _core.Layer:
     """Loads one MoE layer of a checkpoint.
 
     path: a folder with config.json, a .safetensors file beside its config.json, or a .gguf file.
@@ -21,6 +22,7 @@ def load(path: Union[str, "os.PathLike[str]"], layer: Union[int, None] = None, *
     max_tokens: most tokens of one pass; longer calls are split. It sizes the workspace.
     plan: "auto", or the name of a backend ("cpu", "reference"), which must then compute everything.
     threads: most threads that compute; 0: all.
+    shared: compute the always-active experts too, where the layer has some; False: the routed ones alone.
 
     Raises ArgumentError (a ValueError) for files and arguments that are refused, naming the tensor and what would pass,
     and UnavailableError (a RuntimeError) for what this machine or build lacks.
