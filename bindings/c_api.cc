@@ -93,6 +93,7 @@ LayerOptions convert(const fourmoe_options* given, std::unique_ptr<Executor>* ho
   if (given == nullptr) return options;
   check_size("options", given);
   if (given->backend != nullptr) options.backend = given->backend;
+  if (given->device != nullptr) options.device = parse_device(given->device);
   options.precision = checked("options.precision", given->precision, Precision::w4a4);
   require(given->max_tokens >= 0, fmt::format("options.max_tokens is {}, expected at least 0", given->max_tokens));
   require(given->threads >= 0, fmt::format("options.threads is {}, expected at least 0", given->threads));
@@ -293,6 +294,8 @@ fourmoe_status fourmoe_layer_get_info(const fourmoe_layer* layer, fourmoe_layer_
     }
     info->packed_bytes = layer->value->packed_bytes();
     info->workspace_bytes = layer->value->workspace_bytes();
+    info->device = layer->value->plan().machine.device;
+    info->unused = 0;
     return Status{};
   });
 }
@@ -310,7 +313,24 @@ fourmoe_status fourmoe_layer_run(fourmoe_layer* layer, const fourmoe_call* call,
     converted.output = convert("output", call->output);
     converted.picked_ids = call->picked_ids;
     converted.picked_weights = call->picked_weights;
+    converted.stream = call->stream;
     return layer->value->run(converted, {static_cast<std::byte*>(workspace), workspace_bytes});
+  });
+}
+
+fourmoe_status fourmoe_layer_wait(fourmoe_layer* layer, void* stream) {
+  return guard([&] {
+    require(layer != nullptr, "layer is null");
+    return layer->value->wait(stream);
+  });
+}
+
+fourmoe_status fourmoe_layer_refit(fourmoe_layer* layer, const fourmoe_layer_desc* desc) {
+  return guard([&] {
+    require(layer != nullptr, "layer is null");
+    check_size("desc", desc);
+    layer->value->refit(convert(*desc));
+    return Status{};
   });
 }
 

@@ -11,6 +11,10 @@
 
 namespace fourmoe {
 
+namespace gpu {
+struct Fault;  // gpu/fault.h: what kernels found wrong
+}
+
 struct Args {
   const Problem* problem = nullptr;
   const Machine* machine = nullptr;
@@ -18,6 +22,10 @@ struct Args {
   weights::ExpertTable weights;
   i32 tokens = 0;         // rows in use, <= problem->max_tokens
   format::Tensor hidden;  // [tokens, hidden] bf16|f16|f32; caller's
+
+  // Plans for a GPU, where all views above and below lie in its memory:
+  void* stream = nullptr;       // cudaStream_t; null: the default stream
+  gpu::Fault* fault = nullptr;  // in host memory that the device sees; the layer's
 
   route::In picks;
   route::Picked picked;

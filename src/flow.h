@@ -28,8 +28,9 @@
 namespace fourmoe {
 
 namespace weights {
-struct Order;  // weights/packed.h: how a room wants its weights packed
-}
+struct Order;    // weights/packed.h: how a room of the host wants its weights packed
+struct Packing;  // weights/device_packed.h: how a room of a GPU does
+}  // namespace weights
 struct Args;     // args.h: all views that one call of the layer binds
 struct Machine;  // machine.h: what this host can do
 
@@ -133,10 +134,13 @@ struct Bound {
   std::byte* scratch = nullptr;  // bytes() bytes, 64-byte aligned
 };
 
+// Whose memory a step's arguments and results are in. A plan's steps all have the same place.
+enum class Place : u8 { host, device };
+
 // One implementation of a span of stages. `run` allocates nothing that grows with the call, overwrites its outputs
 // and touches no row beyond those in use.
 struct Step {
-  std::string_view room;  // "reference", "cpu", ...; "host" for bodies in stage folders
+  std::string_view room;  // "reference", "cpu", ...; "host" and "device" for bodies in stage folders
   std::string_view name;  // "gemm1", "whole", ...
   Span span;
   Verdict (*can)(const Problem&, const Machine&);  // pure
@@ -145,6 +149,11 @@ struct Step {
   std::string (*describe)(const Problem&, const Machine&) = nullptr;  // its choice (instruction level, tile), in words
   const weights::Order* order =
       nullptr;  // packing that it reads; null: it reads matrices as the checkpoint stores them
+  Place place = Place::host;
+  const weights::Packing* packing = nullptr;  // the same for steps of a GPU's room
+
+  // A step of a room, which --backend can name, and not a stage's own body.
+  bool in_room() const { return room != "host" && room != "device"; }
 };
 
 // Checks that hold for every step; the first thing that plan asks.

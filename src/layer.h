@@ -15,11 +15,13 @@ struct LayerOptions {
   std::string backend = "auto";     // "auto", or a room of backends/list.cc
   std::vector<const Step*> pinned;  // see plan::Request; for verification
   Precision precision = Precision::w4a16;
+  i32 device = -1;               // an index into machine().devices: weights, tensors and work are on that GPU; -1: host
   i32 max_tokens = 1024;         // most tokens of one pass; run splits longer calls
   Executor* executor = nullptr;  // null: the process's oneTBB executor
 };
 
-// One call. Exactly one of: logits; ids and weights; neither (then the checkpoint's router computes logits).
+// One call. Exactly one of: logits; ids and weights; neither (then the checkpoint's router computes logits). All
+// pointers are to memory of the layer's device.
 struct LayerCall {
   format::Tensor hidden;          // [T, hidden] bf16|f16|f32
   format::Tensor logits;          // [T, experts] f32|f16|bf16, or empty
@@ -28,11 +30,12 @@ struct LayerCall {
   format::Tensor output;          // [>= T, hidden] f32|f16|bf16; overwritten, rows beyond T untouched
   i32* picked_ids = nullptr;      // [T, top_k] receives the picks; null for not wanted
   f32* picked_weights = nullptr;  // [T, top_k] receives their weights; null for not wanted
+  void* stream = nullptr;         // cudaStream_t that the work goes to; null: the default stream. GPUs only
 };
 
 class Layer {
  public:
-  // Plans, and packs the weights if the chosen steps read packed ones. Throws Error.
+  // Plans, and packs the weights if the chosen steps read packed ones, on a GPU into its memory. Throws Error.
   Layer(checkpoint::Layer weights, const LayerOptions& options);
 
   ~Layer();
@@ -45,13 +48,19 @@ class Layer {
   i64 workspace_bytes() const;  // for one pass of max_tokens
   i64 packed_bytes() const;     // 0 where the room reads the checkpoint's matrices
 
-  // Replaces the routed experts' weights: packs them into the memory of the old ones. Same number of experts, shapes
-  // and encoding, else throws Error(argument_invalid). `owner` keeps what they point to. No call may be under way.
-  void refit(std::vector<weights::Expert> experts, std::shared_ptr<const void> owner);
-
   // Never throws. Given a workspace of workspace_bytes() it makes no memory of its own for the tokens; given none it
   // uses memory that the layer keeps, and calls from several threads then take turns.
+  // On a GPU the work is enqueued and nothing is waited for, so a graph can capture it (with a workspace given, or
+  // after a first call outside of the capture). What only kernels can find wrong, as an id out of range, wait()
+  // reports, or else the next call, which then does nothing.
   Status run(const LayerCall& call, Workspace workspace = {});
+
+  // Waits for the stream's work and reports what it found wrong. At once ok on the host.
+  Status wait(void* stream = nullptr);
+
+  // Other weights of the same shapes for the same plans; on a GPU the packed weights keep their addresses, so captured
+  // graphs stay valid. No call may be under way. Throws Error: tensor_mismatch where shapes differ.
+  void refit(checkpoint::Layer weights);
 
  private:
   struct Impl;

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
 #include <fstream>
 
@@ -67,6 +68,10 @@ Machine probe() {
     found.cpu_level = forced_level(word, found.cpu_level);
     found.cpu_level_forced = true;
   }
+#if defined(FOURMOE_CUDA)
+  found.cuda = true;
+#endif
+  found.devices = probe_devices();
   return found;
 }
 
@@ -75,6 +80,17 @@ Machine probe() {
 const Machine& machine() {
   static const Machine found = probe();
   return found;
+}
+
+i32 parse_device(std::string_view word) {
+  if (word == "host") return -1;
+  std::string_view digits = word;
+  if (digits.starts_with("cuda:")) digits.remove_prefix(5);
+  if (word == "cuda") digits = "0";
+  i32 index = -1;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), index);
+  if (error == std::errc() && end == digits.data() + digits.size() && index >= 0) return index;
+  throw Error(Reason::argument_invalid, fmt::format("device '{}' is neither host nor cuda:0, cuda:1, ...", word));
 }
 
 }  // namespace fourmoe

@@ -1,8 +1,9 @@
-// Machine: what this host can do, probed once. The only place where environment variables are read.
+// Machine: what this host and its GPUs can do, probed once. The only place where environment variables are read.
 #pragma once
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "format/number.h"
 
@@ -20,6 +21,17 @@ constexpr std::string_view cpu_level_name(CpuLevel level) {
   return "unknown";
 }
 
+// A GPU as its driver describes it.
+struct Device {
+  i32 index = 0;  // CUDA's number of it
+  std::string name;
+  i32 major = 0;  // compute capability
+  i32 minor = 0;
+  i32 sms = 0;           // streaming multiprocessors
+  i64 memory_bytes = 0;  // its own memory
+  i64 l2_bytes = 0;
+};
+
 struct Machine {
   std::string cpu_name;                     // as the processor reports itself; "unknown" where it does not
   CpuLevel cpu_level = CpuLevel::portable;  // best level that processor and operating system offer, or the forced one
@@ -27,10 +39,25 @@ struct Machine {
   i32 cores = 1;                            // hardware threads that this process may use
   i64 memory_bytes = 0;                     // physical memory of the host
   i64 cache_bytes = 0;                      // last-level cache, shared by whom the host decides; 0 where unknown
+  bool cuda = false;                        // this build holds code for GPUs
+  std::vector<Device> devices;              // GPUs in CUDA's order; none where the build or the driver has none
+  i32 device = -1;                          // what a plan is for: an index into devices, or -1 for the host
 };
+
+// The GPU that the machine's plans are for; null for the host, or when there is no such GPU.
+inline const Device* device_of(const Machine& machine) {
+  const bool there = machine.device >= 0 && machine.device < static_cast<i32>(machine.devices.size());
+  return there ? &machine.devices[machine.device] : nullptr;
+}
+
+// "host" is -1, "cuda:2" and "2" are 2, "cuda" is 0. Throws Error(argument_invalid) for other words.
+i32 parse_device(std::string_view word);
 
 // Probed at the first call. FOURMOE_CPU_LEVEL=portable|avx2|avx512 forces a level; one that the machine lacks, or
 // another word, throws Error(instruction_missing).
 const Machine& machine();
+
+// The GPUs of this process, from the driver; none in a build without CUDA (gpu/runtime.cu, gpu/none.cc).
+std::vector<Device> probe_devices();
 
 }  // namespace fourmoe

@@ -16,33 +16,42 @@ bool ends_at(const Plan& plan, Stage stage) {
   return std::any_of(plan.steps.begin(), plan.steps.end(), [&](const Step* s) { return s->span.last == stage; });
 }
 
+// Tokens and intermediate between the stages: on the host as codes in w4a4, on a GPU always as the rows that its
+// tensor cores multiply.
+void lay_out_rows(const Plan& plan, Carver* carver, Args* args) {
+  const Problem& p = plan.problem;
+  const i64 picks = i64{p.max_tokens} * p.top_k;
+  const bool on_device = plan.machine.device >= 0;
+  const bool codes = p.precision == Precision::w4a4 && !on_device;
+  if (ends_at(plan, Stage::route)) {
+    if (on_device) args->slots.rows = carver->take<u16>(picks * p.hidden);
+    if (codes) args->slots.codes = carver->take<u8>(picks * p.hidden / 2);
+    if (codes) args->slots.scales = carver->take<u8>(picks * p.hidden / format::kNvfp4Block);
+  }
+  if (ends_at(plan, Stage::gemm1)) {
+    if (!codes) args->inter.rows = carver->take<u16>(picks * p.inter);
+    if (codes) args->inter.codes = carver->take<u8>(picks * p.inter / 2);
+    if (codes) args->inter.scales = carver->take<u8>(picks * p.inter / format::kNvfp4Block);
+  }
+  if (ends_at(plan, Stage::gemm2)) args->partial.rows = carver->take<f32>(picks * p.hidden);
+}
+
 // The one layout of the workspace: what passes between stages, then the steps' scratch, which they share.
 std::byte* lay_out(const Plan& plan, Carver* carver, Args* args, i64 scratch_bytes) {
   const Problem& p = plan.problem;
   const i64 picks = i64{p.max_tokens} * p.top_k;
-  const bool quantised = p.precision == Precision::w4a4;
   args->slots.ids = carver->take<i32>(picks);
   args->slots.weights = carver->take<f32>(picks);
   args->slots.expert_begin = carver->take<i32>(p.local_experts + 1);
   args->slots.slot_pick = carver->take<i32>(picks);
   args->slots.pick_slot = carver->take<i32>(picks);
-  if (quantised && ends_at(plan, Stage::route)) {
-    args->slots.codes = carver->take<u8>(picks * p.hidden / 2);
-    args->slots.scales = carver->take<u8>(picks * p.hidden / format::kNvfp4Block);
-  }
-  if (ends_at(plan, Stage::gemm1) && quantised) {
-    args->inter.codes = carver->take<u8>(picks * p.inter / 2);
-    args->inter.scales = carver->take<u8>(picks * p.inter / format::kNvfp4Block);
-  } else if (ends_at(plan, Stage::gemm1)) {
-    args->inter.rows = carver->take<u16>(picks * p.inter);
-  }
-  if (ends_at(plan, Stage::gemm2)) args->partial.rows = carver->take<f32>(picks * p.hidden);
+  lay_out_rows(plan, carver, args);
   return carver->take<std::byte>(scratch_bytes);
 }
 
-i64 scratch_bytes(const Plan& plan, const Machine& machine) {
+i64 scratch_bytes(const Plan& plan) {
   i64 most = 0;
-  for (const Step* step : plan.steps) most = std::max(most, step->bytes(plan.problem, machine));
+  for (const Step* step : plan.steps) most = std::max(most, step->bytes(plan.problem, plan.machine));
   return most;
 }
 
@@ -52,10 +61,25 @@ bool asked_for(const Step& step, const Request& request) {
   });
   if (pinned_elsewhere) return false;
   const bool pinned = std::find(request.pinned.begin(), request.pinned.end(), &step) != request.pinned.end();
-  return pinned || request.backend == "auto" || step.room == request.backend || step.room == "host";
+  return pinned || request.backend == "auto" || step.room == request.backend || !step.in_room();
+}
+
+Place place_of(const Machine& machine) { return machine.device >= 0 ? Place::device : Place::host; }
+
+// Of a step that works in the other kind of memory: what else it would refuse, as that is the better advice.
+Verdict judge_elsewhere(const Step& step, const Problem& problem, const Machine& machine) {
+  if (step.place == Place::host) {
+    return reject(Reason::not_asked_for, fmt::format("it works in host memory, the plan is for cuda:{}; device host "
+                                                     "would pass",
+                                                     machine.device));
+  }
+  const Verdict verdict = step.can(problem, machine);
+  if (!verdict.accepted()) return verdict;
+  return reject(Reason::not_asked_for, "it works on a GPU, the plan is for the host; device cuda:0 would pass");
 }
 
 Verdict judge(const Step& step, const Problem& problem, const Machine& machine, const Request& request) {
+  if (step.place != place_of(machine)) return judge_elsewhere(step, problem, machine);
   if (!asked_for(step, request)) {
     return reject(Reason::not_asked_for, fmt::format("backend {} was asked for", request.backend));
   }
@@ -81,20 +105,46 @@ std::vector<Candidate> preferred(std::vector<Candidate> candidates, const Reques
   return candidates;
 }
 
-Status check_backend(const std::string& backend) {
+// A room is asked for with the kind of device that it computes on.
+Status check_place(const Step& step, const Machine& machine) {
+  if (step.place == place_of(machine)) return {};
+  if (step.place == Place::device) {
+    return refuse(Reason::argument_invalid,
+                  fmt::format("backend {} computes on a GPU; with device cuda:0 it would pass", step.room));
+  }
+  return refuse(Reason::argument_invalid, fmt::format("backend {} computes on the host, device cuda:{} was asked for; "
+                                                      "with device host it would pass",
+                                                      step.room, machine.device));
+}
+
+Status check_backend(const std::string& backend, const Machine& machine) {
   if (backend == "auto") return {};
   std::string rooms = "auto";
   for (const Step* step : backends::list()) {
-    if (step->room == backend && backend != "host") return {};
-    if (step->room != "host" && rooms.find(step->room) == std::string::npos) rooms += fmt::format(", {}", step->room);
+    if (!step->in_room()) continue;
+    if (step->room == backend) return check_place(*step, machine);
+    if (rooms.find(step->room) == std::string::npos) rooms += fmt::format(", {}", step->room);
   }
   return refuse(Reason::argument_invalid, fmt::format("no backend is called '{}'; there are {}", backend, rooms));
+}
+
+Status check_device(const Machine& machine) {
+  if (machine.device < 0 || device_of(machine) != nullptr) return {};
+  if (!machine.cuda) {
+    return refuse(Reason::not_built,
+                  fmt::format("device cuda:{} was asked for and this build has no CUDA; device host, "
+                              "or a build with FOURMOE_CUDA=ON, would pass",
+                              machine.device));
+  }
+  return refuse(Reason::device_missing, fmt::format("device cuda:{} was asked for, this machine has {} GPUs",
+                                                    machine.device, machine.devices.size()));
 }
 
 Status refuse_plan(const Plan& plan) {
   std::string why;
   for (const Candidate& c : plan.candidates) {
     if (c.verdict.accepted() || c.verdict.reason == Reason::not_asked_for) continue;
+    if (c.step->place != place_of(plan.machine)) continue;
     why += fmt::format("{}{}.{}: {}", why.empty() ? "" : "; ", c.step->room, c.step->name, c.verdict.detail);
   }
   return refuse(Reason::no_plan, fmt::format("no accepted steps cover the layer ({})", why));
@@ -146,20 +196,22 @@ Status check_args(const Plan& plan, const Args& args) {
 Status make(const Problem& problem, const Machine& machine, const Request& request, Plan* out) {
   *out = Plan{};
   out->problem = problem;
-  if (Status status = check_backend(request.backend); !status.ok()) return status;
+  out->machine = machine;
+  if (Status status = check_backend(request.backend, machine); !status.ok()) return status;
   const Verdict general = check(problem);
   for (const Step* step : backends::list()) {
     out->candidates.push_back({step, general.accepted() ? judge(*step, problem, machine, request) : general, false});
   }
   if (!general.accepted()) return refuse(general.reason, general.detail);
+  if (Status status = check_device(machine); !status.ok()) return status;
   if (!cover(preferred(out->candidates, request), 0, &out->steps)) return refuse_plan(*out);
   for (Candidate& candidate : out->candidates) {
     candidate.chosen = std::find(out->steps.begin(), out->steps.end(), candidate.step) != out->steps.end();
-    if (candidate.chosen && candidate.step->room != "host") out->backend = candidate.step->room;
+    if (candidate.chosen && candidate.step->in_room()) out->backend = candidate.step->room;
   }
   Args unused;
   Carver carver(nullptr);
-  lay_out(*out, &carver, &unused, scratch_bytes(*out, machine));
+  lay_out(*out, &carver, &unused, scratch_bytes(*out));
   out->workspace_bytes = carver.used();
   return {};
 }
@@ -175,9 +227,9 @@ Status run(const Plan& plan, Args args, Workspace workspace) {
     return refuse(Reason::argument_invalid, fmt::format("workspace is not aligned to {} bytes", kWorkspaceAlignment));
   }
   args.problem = &plan.problem;
-  args.machine = &machine();
+  args.machine = &plan.machine;
   Carver carver(workspace.data);
-  std::byte* scratch = lay_out(plan, &carver, &args, scratch_bytes(plan, *args.machine));
+  std::byte* scratch = lay_out(plan, &carver, &args, scratch_bytes(plan));
   if (args.picked.ids != nullptr) args.slots.ids = args.picked.ids;
   if (args.picked.weights != nullptr) args.slots.weights = args.picked.weights;
   for (const Step* step : plan.steps) {

@@ -26,14 +26,16 @@ struct Candidate {
 
 struct Plan {
   Problem problem;
+  Machine machine;                    // and the device that the plan is for
   std::vector<const Step*> steps;     // in flow order; they cover route..combine
   std::vector<Candidate> candidates;  // every step of list.cc, in its order
   std::string backend;                // room of the chosen GEMMs
   i64 workspace_bytes = 0;            // for problem.max_tokens
 };
 
-// Covers the flow with the first accepted steps of backends/list.cc. Fills *out's candidates even when it refuses:
-// no_plan with the reasons of the steps that came nearest.
+// The plan is for the host, or for the GPU machine.device. Covers the flow with the first accepted steps of
+// backends/list.cc. Fills *out's candidates even when it refuses: no_plan with the reasons of the steps that came
+// nearest.
 Status make(const Problem& problem, const Machine& machine, const Request& request, Plan* out);
 
 // Runs the plan on args (problem, machine and the views between stages are set here). The workspace is checked, never

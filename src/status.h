@@ -40,6 +40,7 @@ enum class Reason : int {
   instruction_missing = 40,
   not_built = 41,
   not_asked_for = 42,
+  device_missing = 43,
 
   // the call
   argument_invalid = 60,
@@ -49,9 +50,11 @@ enum class Reason : int {
   value_not_finite = 64,
   workspace_too_small = 65,
   no_plan = 66,
+  memory_misplaced = 67,
 
   out_of_memory = 90,
   internal = 91,
+  device_failed = 92,
 };
 
 // The stable name of a reason, as `explain` and the C ABI print it.
@@ -78,6 +81,7 @@ constexpr std::string_view reason_name(Reason reason) {
     case Reason::instruction_missing: return "instruction_missing";
     case Reason::not_built: return "not_built";
     case Reason::not_asked_for: return "not_asked_for";
+    case Reason::device_missing: return "device_missing";
     case Reason::argument_invalid: return "argument_invalid";
     case Reason::dtype_unsupported: return "dtype_unsupported";
     case Reason::stride_unsupported: return "stride_unsupported";
@@ -85,8 +89,10 @@ constexpr std::string_view reason_name(Reason reason) {
     case Reason::value_not_finite: return "value_not_finite";
     case Reason::workspace_too_small: return "workspace_too_small";
     case Reason::no_plan: return "no_plan";
+    case Reason::memory_misplaced: return "memory_misplaced";
     case Reason::out_of_memory: return "out_of_memory";
     case Reason::internal: return "internal";
+    case Reason::device_failed: return "device_failed";
   }
   return "unknown";
 }
@@ -114,7 +120,8 @@ constexpr std::string_view reason_text(Reason reason) {
     case Reason::activation_unsupported: return "the step does not compute this activation";
     case Reason::instruction_missing: return "the machine lacks the instructions that the step needs";
     case Reason::not_built: return "this build does not contain the step";
-    case Reason::not_asked_for: return "another backend was asked for";
+    case Reason::not_asked_for: return "another backend or another device was asked for";
+    case Reason::device_missing: return "the machine has no such GPU";
     case Reason::argument_invalid: return "an argument is null, negative or contradicts another";
     case Reason::dtype_unsupported: return "a tensor argument has an element type that is not accepted";
     case Reason::stride_unsupported: return "the rows of a tensor overlap or are not contiguous";
@@ -122,8 +129,10 @@ constexpr std::string_view reason_text(Reason reason) {
     case Reason::value_not_finite: return "a router logit is NaN or +infinity, or all of a token's are -infinity";
     case Reason::workspace_too_small: return "the workspace is smaller than the plan needs";
     case Reason::no_plan: return "no sequence of accepted steps covers the layer";
+    case Reason::memory_misplaced: return "a tensor lies in host memory where the GPU's is needed, or with another GPU";
     case Reason::out_of_memory: return "an allocation failed";
     case Reason::internal: return "a fault of fourmoe itself";
+    case Reason::device_failed: return "the GPU or its driver reported an error";
   }
   return "unknown";
 }

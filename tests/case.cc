@@ -8,6 +8,8 @@
 #include <numeric>
 #include <set>
 
+#include "mirror.h"
+
 namespace fourmoe::cases {
 namespace {
 
@@ -160,7 +162,7 @@ std::vector<f64> run(const Spec& spec, const LayerOptions& options, Dtype dtype)
   Layer layer(random_layer(spec.problem, spec.seed, spec.biases), options);
   const Call call(spec);
   std::vector<u8> bytes;
-  throw_unless_ok(layer.run(call.view(&bytes, dtype)));
+  throw_unless_ok(run_mirrored(&layer, call.view(&bytes, dtype)));
   std::vector<f64> values(i64{spec.tokens} * spec.problem.hidden);
   for (std::size_t i = 0; i < values.size(); ++i) values[i] = format::read(bytes.data(), dtype, i);
   return values;

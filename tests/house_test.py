@@ -19,7 +19,7 @@ ROOM_NAMES = re.compile(r"atom(_\w+)?|tiles|gemm1|gemm2|whole")
 TIERS = ("words", "contracts", "gpu", "bodies", "rooms", "plan", "faces")
 WORDS = {"flow", "status", "machine", "executor", "workspace"}
 CONTRACTS = {"args.h", "weights/expert_table.h", "weights/quantise.h", "parallel/parallel.h", "parallel/arena.h"}
-PLAN = {"plan", "tune", "layer"}
+PLAN = {"plan", "tune", "layer", "residence", "residence_host", "residence_device"}
 SAME_TIER_OPEN = ("gpu", "words", "contracts", "plan", "faces")  # elsewhere a file sees lower tiers and its own folder
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.M)

@@ -27,6 +27,22 @@ TEST(Sm90Atom, SixteenCodesComeBackFromTwoWords) {
   }
 }
 
+// The packer of the device computes what the packer of the host looks up.
+TEST(Sm90Atom, MergedCodesAreJoinedCodes) {
+  std::mt19937 random(2);
+  for (int trial = 0; trial < 2000; ++trial) {
+    std::array<std::array<u8, 2>, 8> codes{};
+    u32 placed[8];
+    for (int r = 0; r < 8; ++r) {
+      codes[r] = {static_cast<u8>(random() % 16), static_cast<u8>(random() % 16)};
+      placed[r] = place_codes(codes[r][0] | codes[r][1] << 4);
+    }
+    u32 w0, w1;
+    merge_codes(placed, &w0, &w1);
+    EXPECT_EQ((std::array<u32, 2>{w0, w1}), join_codes(codes));
+  }
+}
+
 // 64 bits in, 64 out: nothing is stored twice and nothing is lost.
 TEST(Sm90Atom, EveryBitOfTheWordsIsOneBitOfOneCode) {
   for (int bit = 0; bit < 64; ++bit) {

@@ -12,6 +12,7 @@
 #include "ceiling.h"
 #include "command.h"
 #include "describe.h"
+#include "device_time.h"
 #include "layer.h"
 #include "progress.h"
 #include "quantity.h"
@@ -29,6 +30,7 @@ struct Options {
   int layer = -1;
   std::vector<int> tokens = {1, 16, 256};
   std::string backend = "auto";
+  std::string device;
   std::string precision = "w4a16";
   int threads = 0;
   f64 seconds = 1.0;
@@ -101,18 +103,32 @@ struct Rotation {
   std::vector<std::unique_ptr<Layer>> layers;
   std::string weights;  // where they come from
 
+  bool on_device() const { return layers.front()->plan().machine.device >= 0; }
   Layer& at(i64 turn) { return *layers[static_cast<std::size_t>(turn) % layers.size()]; }
 };
 
-i64 copies_to_be_cold(i64 bytes) {
-  const i64 budget = machine().memory_bytes / 4;
-  const i64 wanted = (std::max(kColdBytes, 2 * machine().cache_bytes) + bytes - 1) / bytes;
+// The memory that holds the packed weights, and the cache before it.
+struct Store {
+  i64 memory_bytes;
+  i64 cache_bytes;
+};
+
+Store store_of(i32 device) {
+  const Machine& m = machine();
+  if (device < 0 || device >= static_cast<i32>(m.devices.size())) return {m.memory_bytes, m.cache_bytes};
+  return {m.devices[device].memory_bytes, m.devices[device].l2_bytes};
+}
+
+i64 copies_to_be_cold(i64 bytes, const Store& store) {
+  const i64 budget = store.memory_bytes / 4;
+  const i64 wanted = (std::max(kColdBytes, 2 * store.cache_bytes) + bytes - 1) / bytes;
   return std::clamp<i64>(std::min(wanted, budget / bytes), 1, kMostLayers);
 }
 
 LayerOptions layer_options(const Options& options, Executor* executor) {
   LayerOptions how;
   how.backend = options.backend;
+  how.device = device_of(options.device, options.backend);
   how.precision = parse_precision(options.precision);
   how.max_tokens = std::clamp(*std::max_element(options.tokens.begin(), options.tokens.end()), 1, 4096);
   how.executor = executor;
@@ -120,15 +136,16 @@ LayerOptions layer_options(const Options& options, Executor* executor) {
 }
 
 // Expert bytes of all, and the same packed: what making the layer will take.
-void check_memory(const Problem& p) {
+void check_memory(const Problem& p, const Store& store) {
   const i64 bytes = cases::expert_bytes(p) * p.local_experts;
-  if (bytes <= machine().memory_bytes / 4 * 3) return;
-  throw Error(Reason::out_of_memory, fmt::format("the layer has {} of weights, this machine {} of memory",
-                                                 bytes_text(bytes), bytes_text(machine().memory_bytes)));
+  if (bytes <= store.memory_bytes / 4 * 3) return;
+  throw Error(Reason::out_of_memory, fmt::format("the layer has {} of weights, the device {} of memory",
+                                                 bytes_text(bytes), bytes_text(store.memory_bytes)));
 }
 
 Rotation make_rotation(const Options& options, Executor* executor, Progress* progress) {
   Rotation rotation;
+  const Store store = store_of(device_of(options.device, options.backend));
   if (options.shape.empty()) {
     const auto checkpoint = checkpoint::Checkpoint::open(options.path);
     i32 index = options.layer;
@@ -139,7 +156,7 @@ Rotation make_rotation(const Options& options, Executor* executor, Progress* pro
     }
     checkpoint::Layer weights = checkpoint.load(index, *executor);
     weights.shared.reset();  // the figures are those of the routed experts
-    const i64 copies = copies_to_be_cold(cases::expert_bytes(weights.problem) * weights.problem.local_experts);
+    const i64 copies = copies_to_be_cold(cases::expert_bytes(weights.problem) * weights.problem.local_experts, store);
     for (i64 i = 0; i < copies; ++i) {
       progress->show_count("packing weights", i, copies);
       rotation.layers.push_back(std::make_unique<Layer>(weights, layer_options(options, executor)));
@@ -149,9 +166,9 @@ Rotation make_rotation(const Options& options, Executor* executor, Progress* pro
   }
   const Problem problem = parse_shape(options.shape);
   if (const Verdict verdict = check(problem); !verdict.accepted()) throw Error(verdict.reason, verdict.detail);
-  check_memory(problem);
+  check_memory(problem, store);
   const std::shared_ptr<Pool> pool = make_pool(problem);
-  const i64 copies = copies_to_be_cold(cases::expert_bytes(problem) * problem.local_experts);
+  const i64 copies = copies_to_be_cold(cases::expert_bytes(problem) * problem.local_experts, store);
   for (i64 i = 0; i < copies; ++i) {
     progress->show_count("packing weights", i, copies);
     rotation.layers.push_back(std::make_unique<Layer>(random_weights(problem, pool, static_cast<u64>(i) + 1),
@@ -197,6 +214,11 @@ Result measure(Rotation* rotation, i32 tokens, Routes routes, f64 budget, Progre
   const Problem& problem = rotation->at(0).problem();
   result.bytes = result.active_experts * static_cast<f64>(cases::expert_bytes(problem));
   result.flops = cases::flops(problem, i64{tokens} * problem.top_k);
+  if (rotation->on_device()) {
+    progress->show(fmt::format("{} tokens, {} routing", tokens, result.routing()));
+    result.seconds = time_on_device(rotation->layers, calls, budget);
+    return result;
+  }
   // A layer makes its workspace in its first call, and memory is first touched then.
   const i64 warm_up = std::max<i64>(2, static_cast<i64>(rotation->layers.size()));
   std::vector<u8> output;
@@ -220,6 +242,7 @@ std::string repeat_words(const Options& options, i32 tokens) {
   std::string words = "fourmoe bench ";
   words += options.shape.empty() ? options.path : "--shape " + options.shape;
   if (options.layer >= 0) words += fmt::format(" --layer {}", options.layer);
+  if (!options.device.empty()) words += " --device " + options.device;
   words += fmt::format(" --tokens {} --backend {} --precision {} --threads {} --seconds {:g}", tokens, options.backend,
                        options.precision, options.threads, options.seconds);
   return words;
@@ -233,7 +256,15 @@ struct Report {
   i32 threads;
 
   const Layer& layer() const { return *rotation.layers.front(); }
+  const Device* device() const { return fourmoe::device_of(layer().plan().machine); }  // null: the host
 };
+
+std::string ceilings_words(const Report& r) {
+  const f64 bytes = r.ceilings.read_bytes_per_second / 1e9;
+  if (r.device() != nullptr) return fmt::format("copy {:.0f} GB/s, read plus write, measured in this run", bytes);
+  return fmt::format("read {:.1f} GB/s, f32 multiply-add {:.0f} GFLOP/s, measured in this run", bytes,
+                     r.ceilings.flops_per_second / 1e9);
+}
 
 std::string percent(f64 share) { return fmt::format("{:.0f} %", 100.0 * share); }
 
@@ -241,19 +272,20 @@ std::string report_text(const Report& r) {
   const Problem& p = r.layer().problem();
   Facts facts;
   facts.add("machine", machine_words(machine()));
+  if (r.device() != nullptr) facts.add("device", device_words(*r.device()));
   facts.add("layer",
             fmt::format("{}: {}, {}, {}, {}", r.rotation.weights, shape_words(p), activation_words(p.activation),
                         format::encoding_name(p.encoding), precision_name(p.precision)));
   facts.add("plan", fmt::format("{} ({}), {} thread{}", steps_words(r.layer().plan()),
-                                choice_words(r.layer().plan(), machine()), r.threads, r.threads == 1 ? "" : "s"));
+                                choice_words(r.layer().plan(), r.layer().plan().machine), r.threads,
+                                r.threads == 1 ? "" : "s"));
   facts.add("weights",
             fmt::format("{} a layer, {} layer{} in turn", bytes_text(cases::expert_bytes(p) * p.local_experts),
                         r.rotation.layers.size(), r.rotation.layers.size() == 1 ? "" : "s"));
-  facts.add("ceilings", fmt::format("read {:.1f} GB/s, f32 multiply-add {:.0f} GFLOP/s, measured in this run",
-                                    r.ceilings.read_bytes_per_second / 1e9, r.ceilings.flops_per_second / 1e9));
+  facts.add("ceilings", ceilings_words(r));
   facts.add("version", FOURMOE_VERSION);
-  Table table({">tokens", "routing", ">median us", ">p10 us", ">p90 us", ">runs", ">active", ">MB", ">GB/s", ">of read",
-               ">GFLOP/s", ">of FMA", ">tokens/s"});
+  Table table({">tokens", "routing", ">median us", ">p10 us", ">p90 us", ">runs", ">active", ">MB", ">GB/s",
+               r.device() != nullptr ? ">of copy" : ">of read", ">GFLOP/s", ">of FMA", ">tokens/s"});
   for (const Result& c : r.results) {
     const f64 rate = c.bytes / c.median();
     const f64 flops = c.flops / c.median();
@@ -262,7 +294,8 @@ std::string report_text(const Report& r) {
                std::to_string(c.seconds.size()), fmt::format("{:.4g}", c.active_experts),
                fmt::format("{:.1f}", c.bytes / 1e6), fmt::format("{:.1f}", rate / 1e9),
                percent(rate / r.ceilings.read_bytes_per_second), fmt::format("{:.1f}", flops / 1e9),
-               percent(flops / r.ceilings.flops_per_second), count_text(c.tokens / c.median())});
+               r.device() != nullptr ? "-" : percent(flops / r.ceilings.flops_per_second),
+               count_text(c.tokens / c.median())});
   }
   std::string text = facts.text() + "\n" + table.text() + "\nrepeat one line:\n";
   for (std::size_t i = 0; i < r.results.size(); ++i) {
@@ -272,26 +305,34 @@ std::string report_text(const Report& r) {
   return text;
 }
 
+Json ceilings_json(const Report& r) {
+  if (r.device() != nullptr) return {{"copy_bytes_per_second", r.ceilings.read_bytes_per_second}};
+  return {{"read_bytes_per_second", r.ceilings.read_bytes_per_second},
+          {"fma_flops_per_second", r.ceilings.flops_per_second}};
+}
+
 Json report_json(const Report& r) {
   Json cases_json = Json::array();
   for (const Result& c : r.results) {
     const f64 rate = c.bytes / c.median();
     const f64 flops = c.flops / c.median();
-    cases_json.push_back({{"tokens", c.tokens},
-                          {"routing", c.routing()},
-                          {"runs", c.seconds.size()},
-                          {"median_us", 1e6 * c.median()},
-                          {"p10_us", 1e6 * c.quantile(0.1)},
-                          {"p90_us", 1e6 * c.quantile(0.9)},
-                          {"active_experts", c.active_experts},
-                          {"bytes", c.bytes},
-                          {"bytes_per_second", rate},
-                          {"share_of_read", rate / r.ceilings.read_bytes_per_second},
-                          {"flops", c.flops},
-                          {"flops_per_second", flops},
-                          {"share_of_fma", flops / r.ceilings.flops_per_second},
-                          {"tokens_per_second", c.tokens / c.median()},
-                          {"command", repeat_words(r.options, c.tokens)}});
+    cases_json.push_back(
+        {{"tokens", c.tokens},
+         {"routing", c.routing()},
+         {"runs", c.seconds.size()},
+         {"median_us", 1e6 * c.median()},
+         {"p10_us", 1e6 * c.quantile(0.1)},
+         {"p90_us", 1e6 * c.quantile(0.9)},
+         {"active_experts", c.active_experts},
+         {"bytes", c.bytes},
+         {"bytes_per_second", rate},
+         {r.device() != nullptr ? "share_of_copy" : "share_of_read", rate / r.ceilings.read_bytes_per_second},
+         {"flops", c.flops},
+         {"flops_per_second", flops},
+         {"share_of_fma", nullptr},
+         {"tokens_per_second", c.tokens / c.median()},
+         {"command", repeat_words(r.options, c.tokens)}});
+    if (r.device() == nullptr) cases_json.back()["share_of_fma"] = flops / r.ceilings.flops_per_second;
   }
   return {{"version", FOURMOE_VERSION},
           {"machine", machine_json(machine())},
@@ -300,10 +341,8 @@ Json report_json(const Report& r) {
           {"layers_in_turn", r.rotation.layers.size()},
           {"problem", problem_json(r.layer().problem())},
           {"steps", steps_json(r.layer().plan())},
-          {"choice", choice_words(r.layer().plan(), machine())},
-          {"ceilings",
-           {{"read_bytes_per_second", r.ceilings.read_bytes_per_second},
-            {"fma_flops_per_second", r.ceilings.flops_per_second}}},
+          {"choice", choice_words(r.layer().plan(), r.layer().plan().machine)},
+          {"ceilings", ceilings_json(r)},
           {"cases", cases_json}};
 }
 
@@ -334,7 +373,8 @@ int run(const Options& options) {
     Progress progress("bench");
     rotation = make_rotation(options, &executor, &progress);
     progress.show("measuring the ceilings");
-    ceilings = measure_ceilings(executor);
+    if (rotation.on_device()) ceilings.read_bytes_per_second = measure_copy_rate(rotation.at(0).plan().machine.device);
+    else ceilings = measure_ceilings(executor);
     for (const int tokens : options.tokens) {
       for (const Routes routes : {Routes::random, Routes::skewed}) {
         results.push_back(measure(&rotation, tokens, routes, options.seconds, &progress));
@@ -361,6 +401,7 @@ Command add_bench(CLI::App& app) {
       ->check(within(1, 1 << 20))
       ->capture_default_str();
   add_backend(sub, &options->backend);
+  add_device(sub, &options->device);
   add_precision(sub, &options->precision);
   add_threads(sub, &options->threads);
   sub->add_option("--seconds", options->seconds, "time for each case, at least five runs")
@@ -374,7 +415,7 @@ Command add_bench(CLI::App& app) {
   }
   footer +=
       "\nGB/s counts the weights of the experts that the tokens reach, 0.5625 bytes each; layers take turns, so that\n"
-      "weights come from memory.\n\n"
+      "weights come from memory. On a GPU a CUDA graph replays them; the ceiling is a copy, read plus write.\n\n"
       "Examples:\n  fourmoe bench --shape qwen3-30b --tokens 1,16,256\n"
       "  fourmoe bench examples/tiny-moe/nvfp4 --layer 0 --tokens 8 --json";
   sub->footer(footer);

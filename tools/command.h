@@ -38,6 +38,10 @@ CLI::Validator within(f64 least, f64 most);
 void add_backend(CLI::App* app, std::string* backend);
 void add_precision(CLI::App* app, std::string* precision);
 void add_threads(CLI::App* app, int* threads);
+void add_device(CLI::App* app, std::string* device);
+
+// The device meant by --device and --backend: a GPU's backend means cuda:0 where no device was given ("").
+i32 device_of(const std::string& device, const std::string& backend);
 CLI::Option* add_layer(CLI::App* app, int* layer, const std::string& description);
 CLI::Option* add_shape(CLI::App* app, std::string* shape);
 

@@ -40,6 +40,11 @@ std::string machine_words(const Machine& machine) {
                      bytes_text(machine.memory_bytes));
 }
 
+std::string device_words(const Device& device) {
+  return fmt::format("cuda:{} {}, compute capability {}.{}, {} SMs, {} memory", device.index, device.name, device.major,
+                     device.minor, device.sms, bytes_text(device.memory_bytes));
+}
+
 std::string span_words(const Span& span) {
   const auto first = kStageNames[static_cast<std::size_t>(span.first)];
   const auto last = kStageNames[static_cast<std::size_t>(span.last)];
@@ -57,7 +62,7 @@ std::string steps_words(const plan::Plan& plan) {
 std::string choice_words(const plan::Plan& plan, const Machine& machine) {
   std::string words;
   for (const Step* step : plan.steps) {
-    if (step->describe == nullptr || step->room == "host") continue;
+    if (step->describe == nullptr || !step->in_room()) continue;
     const std::string choice = step->describe(plan.problem, machine);
     if (choice.empty() || words.find(choice) != std::string::npos) continue;
     words += (words.empty() ? "" : ", ") + choice;
@@ -91,11 +96,22 @@ Json problem_json(const Problem& p) {
 }
 
 Json machine_json(const Machine& machine) {
+  Json devices = Json::array();
+  for (const Device& d : machine.devices) {
+    devices.push_back({{"index", d.index},
+                       {"name", d.name},
+                       {"compute_capability", fmt::format("{}.{}", d.major, d.minor)},
+                       {"sms", d.sms},
+                       {"memory_bytes", d.memory_bytes},
+                       {"l2_bytes", d.l2_bytes}});
+  }
   return {{"cpu", machine.cpu_name},
           {"cpu_level", cpu_level_name(machine.cpu_level)},
           {"cpu_level_forced", machine.cpu_level_forced},
           {"threads", machine.cores},
-          {"memory_bytes", machine.memory_bytes}};
+          {"memory_bytes", machine.memory_bytes},
+          {"cuda", machine.cuda},
+          {"devices", devices}};
 }
 
 Json steps_json(const plan::Plan& plan) {

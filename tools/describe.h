@@ -15,6 +15,7 @@ std::string shape_words(const Problem& problem);    // "hidden 128, inter 64, 32
 std::string routing_words(const Routing& routing);  // "softmax, renormalised"
 std::string activation_words(const Activation& activation);
 std::string machine_words(const Machine& machine);
+std::string device_words(const Device& device);
 
 std::string span_words(const Span& span);                                  // "gemm1", "route..combine"
 std::string step_words(const Step& step);                                  // "cpu.gemm1"

@@ -19,6 +19,7 @@ struct Options {
   int layer = -1;
   int tokens = 1024;
   std::string backend = "auto";
+  std::string device;
   std::string precision = "w4a16";
   bool json = false;
 };
@@ -50,7 +51,7 @@ Json plan_json(const std::string& what, const plan::Plan& plan, const Status& st
                      {"accepted", c.verdict.accepted()},
                      {"chosen", c.chosen},
                      {"reason", reason_name(c.verdict.reason)},
-                     {"detail", detail_words(c, plan.problem)}});
+                     {"detail", detail_words(c, plan.problem, plan.machine)}});
   }
   Json json = {{"machine", machine_json(machine())},
                {"layer", what},
@@ -74,7 +75,9 @@ int run(const Options& options) {
   problem.precision = parse_precision(options.precision);
   problem.max_tokens = options.tokens;
   plan::Plan plan;
-  const Status status = plan::make(problem, machine(), {options.backend, {}}, &plan);
+  Machine target = machine();
+  target.device = device_of(options.device, options.backend);
+  const Status status = plan::make(problem, target, {options.backend, {}}, &plan);
   if (options.json) print_json(plan_json(what, plan, status));
   else fmt::print("{}", explain_text(what, plan, status));
   std::fflush(stdout);
@@ -94,6 +97,7 @@ Command add_explain(CLI::App& app) {
       ->check(within(0, 1 << 24))
       ->capture_default_str();
   add_backend(sub, &options->backend);
+  add_device(sub, &options->device);
   add_precision(sub, &options->precision);
   sub->add_flag("--json", options->json, "print one JSON object");
   sub->footer(

@@ -14,15 +14,16 @@ std::string verdict_words(const plan::Candidate& candidate) {
   return candidate.verdict.accepted() ? "accepts" : std::string(reason_name(candidate.verdict.reason));
 }
 
-std::string detail_words(const plan::Candidate& candidate, const Problem& problem) {
+std::string detail_words(const plan::Candidate& candidate, const Problem& problem, const Machine& target) {
   if (!candidate.verdict.accepted()) return candidate.verdict.detail;
-  return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, machine());
+  return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, target);
 }
 
 std::string explain_text(const std::string& what, const plan::Plan& plan, const Status& status) {
   const Problem& p = plan.problem;
   Facts facts;
   facts.add("machine", machine_words(machine()));
+  for (const Device& device : machine().devices) facts.add("device", device_words(device));
   facts.add("layer", what);
   facts.add("problem", fmt::format("{}, {}, {}, {}", shape_words(p), activation_words(p.activation),
                                    format::encoding_name(p.encoding), precision_name(p.precision)));
@@ -36,7 +37,7 @@ std::string explain_text(const std::string& what, const plan::Plan& plan, const 
   }
   Table table({"step", "stages", "verdict", "detail"});
   for (const plan::Candidate& c : plan.candidates) {
-    table.add({step_words(*c.step), span_words(c.step->span), verdict_words(c), detail_words(c, p)});
+    table.add({step_words(*c.step), span_words(c.step->span), verdict_words(c), detail_words(c, p, plan.machine)});
   }
   return fmt::format("{}\n{}", facts.text(), table.text());
 }

@@ -9,7 +9,7 @@ namespace fourmoe::tools {
 
 // "chosen", "accepts" or the reason; and the step's choice or the sentence of its refusal.
 std::string verdict_words(const plan::Candidate& candidate);
-std::string detail_words(const plan::Candidate& candidate, const Problem& problem);
+std::string detail_words(const plan::Candidate& candidate, const Problem& problem, const Machine& target);
 
 // `what` names the layer; status is plan::make's. Ends with a newline.
 std::string explain_text(const std::string& what, const plan::Plan& plan, const Status& status);

@@ -9,6 +9,7 @@
 #include "command.h"
 #include "describe.h"
 #include "flow.h"
+#include "machine.h"
 #include "progress.h"
 #include "status.h"
 
@@ -18,7 +19,7 @@ std::vector<std::string> backend_names() {
   std::vector<std::string> names = {"auto"};
   for (const Step* step : backends::list()) {
     const std::string room(step->room);
-    if (room != "host" && std::find(names.begin(), names.end(), room) == names.end()) names.push_back(room);
+    if (step->in_room() && std::find(names.begin(), names.end(), room) == names.end()) names.push_back(room);
   }
   return names;
 }
@@ -57,6 +58,28 @@ void add_threads(CLI::App* app, int* threads) {
       ->check(within(0, 1024))
       ->type_name("N")
       ->capture_default_str();
+}
+
+void add_device(CLI::App* app, std::string* device) {
+  const auto check = [](const std::string& text) -> std::string {
+    try {
+      parse_device(text);
+      return "";
+    } catch (const Error& error) {
+      return error.what();
+    }
+  };
+  app->add_option("--device", *device, "where the layer lives; host, or cuda:0 with a backend for GPUs, if not given")
+      ->check(check)
+      ->type_name("host|cuda:N");
+}
+
+i32 device_of(const std::string& device, const std::string& backend) {
+  if (!device.empty()) return parse_device(device);
+  for (const Step* step : backends::list()) {
+    if (step->room == backend && step->place == Place::device) return 0;
+  }
+  return -1;
 }
 
 CLI::Option* add_layer(CLI::App* app, int* layer, const std::string& description) {

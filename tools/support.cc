@@ -1,6 +1,7 @@
 // fourmoe support: what works where, asked of every step of backends/list.cc. The same on every machine.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 
@@ -16,6 +17,7 @@ namespace {
 constexpr format::Encoding kEncodings[] = {format::Encoding::nvfp4, format::Encoding::mxfp4, format::Encoding::bf16,
                                            format::Encoding::f16,   format::Encoding::f32,   format::Encoding::fp8};
 constexpr CpuLevel kLevels[] = {CpuLevel::portable, CpuLevel::avx2, CpuLevel::avx512};
+constexpr std::pair<i32, i32> kCapabilities[] = {{8, 0}, {9, 0}, {10, 0}, {10, 3}, {12, 0}, {12, 1}};
 constexpr ActivationKind kActivations[] = {ActivationKind::swiglu, ActivationKind::swiglu_clamped,
                                            ActivationKind::geglu_erf, ActivationKind::geglu_tanh,
                                            ActivationKind::relu2};
@@ -33,20 +35,45 @@ Problem usual(Precision precision, format::Encoding encoding) {
   return p;
 }
 
-Machine machine_of(CpuLevel level) {
+// Something to run on, made up: the table says what would run where, not what this machine has.
+struct Processor {
+  std::string name;
+  Machine machine;
+};
+
+Machine any_machine() {
   Machine m;
   m.cpu_name = "any";
-  m.cpu_level = level;
   m.cores = 1;
   return m;
 }
 
-bool accepts(const Step& step, const Problem& problem, CpuLevel level) {
-  return check(problem).accepted() && step.can(problem, machine_of(level)).accepted();
+std::vector<Processor> processors_of(Place place) {
+  std::vector<Processor> all;
+  for (const CpuLevel level : kLevels) {
+    if (place == Place::device) continue;
+    all.push_back({std::string(cpu_level_name(level)), any_machine()});
+    all.back().machine.cpu_level = level;
+  }
+  for (const auto& [major, minor] : kCapabilities) {
+    if (place == Place::host) continue;
+    all.push_back({fmt::format("GPU {}.{}", major, minor), any_machine()});
+    Machine& machine = all.back().machine;
+    machine.cuda = true;
+    machine.device = 0;
+    machine.devices.push_back({0, "any", major, minor, 1, 0, 0});
+  }
+  return all;
 }
 
-// The last of the levels accepts what the others do.
-bool accepts(const Step& step, const Problem& problem) { return accepts(step, problem, CpuLevel::avx512); }
+bool accepts(const Step& step, const Problem& problem, const Processor& processor) {
+  return check(problem).accepted() && step.can(problem, processor.machine).accepted();
+}
+
+bool accepts(const Step& step, const Problem& problem) {
+  const std::vector<Processor> all = processors_of(step.place);
+  return std::any_of(all.begin(), all.end(), [&](const Processor& p) { return accepts(step, problem, p); });
+}
 
 void append(std::string* words, std::string_view word) {
   *words += fmt::format("{}{}", words->empty() ? "" : ", ", word);
@@ -73,12 +100,12 @@ std::string activations(const Step& step) {
   return words.empty() ? "-" : words;
 }
 
-// Levels at which the step runs, and what it makes of each.
+// Where the step runs.
 std::string processors(const Step& step) {
   const Problem p = usual(Precision::w4a16, format::Encoding::nvfp4);
   std::string words;
-  for (const CpuLevel level : kLevels) {
-    if (accepts(step, p, level)) append(&words, cpu_level_name(level));
+  for (const Processor& processor : processors_of(step.place)) {
+    if (accepts(step, p, processor)) append(&words, processor.name);
   }
   if (step.describe == nullptr && words == "portable, avx2, avx512") return "any";
   return words.empty() ? "-" : words;

@@ -10,6 +10,7 @@
 #include "command.h"
 #include "describe.h"
 #include "layer.h"
+#include "mirror.h"
 #include "progress.h"
 #include "quantity.h"
 #include "table.h"
@@ -24,6 +25,7 @@ struct Options {
   std::string path;
   int layer = -1;
   std::string backend = "auto";
+  std::string device;
   int threads = 0;
   bool json = false;
 };
@@ -58,10 +60,11 @@ struct Outcome {
   bool passed() const { return error.empty() && rel_l2 <= bound; }
 };
 
-// One step at one precision on one set of weights.
+// One step at one precision on one set of weights; of a GPU's room all steps together, since none of them can hand its
+// result to the reference.
 struct Verification {
   std::string weights;  // "3" or "3 shared"
-  const Step* step = nullptr;
+  std::string step;     // or steps
   Precision precision = Precision::w4a16;
   Verdict verdict;
   std::vector<Outcome> outcomes;
@@ -77,8 +80,6 @@ struct Verification {
     return found == outcomes.end() ? nullptr : &*found;
   }
 };
-
-bool is_host(const Step& step) { return step.room == "host"; }
 
 bool overlaps(const Span& a, const Span& b) { return a.first <= b.last && b.first <= a.last; }
 
@@ -107,7 +108,7 @@ cases::Spec spec_of(const Input& input, const Problem& problem, Precision precis
 Status compute(Layer* layer, const cases::Spec& spec, std::vector<f64>* values) {
   const cases::Call call(spec);
   std::vector<u8> bytes;
-  if (Status status = layer->run(call.view(&bytes, Dtype::f32)); !status.ok()) return status;
+  if (Status status = cases::run_mirrored(layer, call.view(&bytes, Dtype::f32)); !status.ok()) return status;
   values->resize(bytes.size() / 4);
   for (std::size_t i = 0; i < values->size(); ++i)
     (*values)[i] = format::read(bytes.data(), Dtype::f32, static_cast<i64>(i));
@@ -117,8 +118,8 @@ Status compute(Layer* layer, const cases::Spec& spec, std::vector<f64>* values) 
 // Verifies all steps on one set of weights at one precision; the reference's outputs are computed once.
 class Bench {
  public:
-  Bench(std::string name, const checkpoint::Layer& weights, Precision precision, Executor* executor)
-      : name_(std::move(name)), weights_(weights), executor_(executor) {
+  Bench(std::string name, const checkpoint::Layer& weights, Precision precision, i32 device, Executor* executor)
+      : name_(std::move(name)), weights_(weights), device_(device), executor_(executor) {
     problem_ = weights_.problem;
     problem_.precision = precision;
     problem_.max_tokens = kMostTokens;
@@ -127,12 +128,21 @@ class Bench {
   bool possible() const { return check(problem_).accepted(); }
 
   Verification verify(const Step* step) {
-    Verification v = {name_, step, problem_.precision, step->can(problem_, machine()), {}};
+    Machine target = machine();
+    target.device = device_;
+    Verification v = {name_, step_words(*step), problem_.precision, step->can(problem_, target), {}};
     if (!v.verdict.accepted()) return v;
     LayerOptions how = options();
-    how.pinned = pins(step);
+    how.device = device_;
+    if (step->place == Place::device) how.backend = step->room;
+    else how.pinned = pins(step);
     Layer layer(weights_, how);
-    for (std::size_t i = 0; i < std::size(kInputs); ++i) v.outcomes.push_back(compare(&layer, i));
+    if (step->place == Place::device) v.step = steps_words(layer.plan());
+    for (std::size_t i = 0; i < std::size(kInputs); ++i) {
+      Problem as = problem_;
+      as.activations = kInputs[i].hidden == Dtype::f16 ? Dtype::f16 : Dtype::bf16;
+      if (step->can(as, target).accepted()) v.outcomes.push_back(compare(&layer, i));
+    }
     return v;
   }
 
@@ -174,6 +184,7 @@ class Bench {
 
   std::string name_;
   const checkpoint::Layer& weights_;
+  i32 device_;
   Problem problem_;
   Executor* executor_;
   std::unique_ptr<Layer> reference_;
@@ -190,11 +201,16 @@ checkpoint::Layer shared_layer(const checkpoint::Layer& layer) {
   return shared;
 }
 
-std::vector<const Step*> steps_of(const std::string& backend) {
+// Steps of rooms that compute on the device; of a GPU's room the first.
+std::vector<const Step*> steps_of(const std::string& backend, i32 device) {
+  const Place place = device < 0 ? Place::host : Place::device;
   std::vector<const Step*> steps;
   for (const Step* step : backends::list()) {
     const bool the_measure_itself = step->room == "reference" && step->name == "whole";
-    if (!is_host(*step) && !the_measure_itself && (backend == "auto" || step->room == backend)) steps.push_back(step);
+    if (!step->in_room() || the_measure_itself || step->place != place) continue;
+    if (backend != "auto" && step->room != backend) continue;
+    const bool again = std::any_of(steps.begin(), steps.end(), [&](const Step* s) { return s->room == step->room; });
+    if (place == Place::host || !again) steps.push_back(step);
   }
   return steps;
 }
@@ -202,9 +218,10 @@ std::vector<const Step*> steps_of(const std::string& backend) {
 void verify_weights(const std::string& name, const checkpoint::Layer& weights, const Options& options,
                     Progress* progress, std::vector<Verification>* out) {
   for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
-    Bench bench(name, weights, precision, &tbb_executor(options.threads));
+    const i32 device = device_of(options.device, options.backend);
+    Bench bench(name, weights, precision, device, &tbb_executor(options.threads));
     if (!bench.possible()) continue;
-    for (const Step* step : steps_of(options.backend)) {
+    for (const Step* step : steps_of(options.backend, device)) {
       progress->show(fmt::format("layer {}  {}  {}", name, step_words(*step), precision_name(precision)));
       out->push_back(bench.verify(step));
     }
@@ -234,14 +251,13 @@ void print_text(const std::vector<Verification>& all) {
   Table table({"layer", "step", "precision", ">inputs", ">worst rel-L2", ">bound", "worst input", "verdict"});
   Table refused({"layer", "step", "precision", "refused because"});
   for (const Verification& v : all) {
-    const std::string step = step_words(*v.step);
     const std::string precision(precision_name(v.precision));
     const Outcome* worst = v.worst();
     if (worst == nullptr) {
-      refused.add({v.weights, step, precision, v.verdict.detail});
+      refused.add({v.weights, v.step, precision, v.verdict.detail});
       continue;
     }
-    table.add({v.weights, step, precision, std::to_string(v.outcomes.size()), number_text(worst->rel_l2),
+    table.add({v.weights, v.step, precision, std::to_string(v.outcomes.size()), number_text(worst->rel_l2),
                number_text(worst->bound), worst->input->name, v.passed() ? "ok" : "FAILED"});
   }
   fmt::print("{}", table.text());
@@ -259,7 +275,7 @@ Json verification_json(const Verification& v) {
     if (!o.error.empty()) inputs.back()["error"] = o.error;
   }
   return {{"layer", v.weights},
-          {"step", step_words(*v.step)},
+          {"step", v.step},
           {"precision", precision_name(v.precision)},
           {"accepted", v.verdict.accepted()},
           {"reason", reason_name(v.verdict.reason)},
@@ -280,8 +296,7 @@ std::string failure_words(const std::vector<Verification>& all) {
     for (const Outcome& o : v.outcomes) {
       if (o.passed()) continue;
       return fmt::format(
-          "first: layer {}, {} in {} on '{}': {}", v.weights, step_words(*v.step), precision_name(v.precision),
-          o.input->name,
+          "first: layer {}, {} in {} on '{}': {}", v.weights, v.step, precision_name(v.precision), o.input->name,
           o.error.empty() ? fmt::format("rel-L2 {} beyond {}", number_text(o.rel_l2), number_text(o.bound)) : o.error);
     }
   }
@@ -312,6 +327,7 @@ Command add_verify(CLI::App& app) {
       ->type_name("PATH");
   add_layer(sub, &options->layer, "this layer alone; all MoE layers if not given");
   add_backend(sub, &options->backend);
+  add_device(sub, &options->device);
   add_threads(sub, &options->threads);
   sub->add_flag("--json", options->json, "print one JSON object, with every input");
   sub->footer(

@@ -80,6 +80,8 @@ void add_layer(nb::module_& m) {
            nb::arg("precision") = nb::none(), nb::arg("plan") = nb::none(), kCallDoc)
       .def("explain", &PyLayer::explain, nb::arg("tokens") = 1024,
            "What `fourmoe explain` prints of this layer: the plan for up to `tokens`, and who refuses and why.")
+      .def("wait", &PyLayer::wait, nb::arg("stream") = nb::none(),
+           "On a GPU: waits for the stream's work and raises what its kernels found wrong. At once on the host.")
       .def("workspace_bytes", &PyLayer::workspace_bytes, nb::arg("tokens") = 0, nb::kw_only(),
            nb::arg("precision") = nb::none(), nb::arg("plan") = nb::none(),
            "Bytes that a call's workspace must have, at any alignment; the same for every number of tokens.")

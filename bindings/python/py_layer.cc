@@ -5,7 +5,6 @@
 #include <map>
 
 #include "explain_text.h"
-#include "machine.h"
 #include "status.h"
 
 namespace fourmoe::python {
@@ -24,15 +23,6 @@ Registry& registry() {
   static Registry all;
   return all;
 }
-
-// Where the layer computes. A layer on a device takes its views there and runs on the call's stream.
-void place(i32 device, LayerOptions*) {
-  if (device < 0) return;
-  throw Error(Reason::not_built,
-              fmt::format("device is {}, but this build computes on cpu only", device_words(device)));
-}
-
-void set_stream(void*, LayerCall*) {}
 
 Element element_of(format::Dtype dtype) {
   if (dtype == format::Dtype::f16) return Element::f16;
@@ -135,7 +125,7 @@ LayerOptions PyLayer::options(Precision precision, const std::string& plan) cons
   options.precision = precision;
   options.max_tokens = choices_.max_tokens;
   options.executor = executor_;
-  place(choices_.device, &options);
+  options.device = choices_.device;
   return options;
 }
 
@@ -168,7 +158,7 @@ nb::object PyLayer::call(const CallArguments& arguments) {
   check_apart("topk_ids", call.ids, call.output);
   check_apart("topk_weights", call.weights, call.output);
   check_apart("router_logits", call.logits, call.output);
-  set_stream(stream_of(arguments.stream, arguments.hidden_states, choices_.device), &call);
+  call.stream = stream_of(arguments.stream, arguments.hidden_states, choices_.device);
   Layer& layer = choose(arguments.precision, arguments.plan);
   const Workspace workspace = workspace_of(arguments.workspace, choices_.device, layer.workspace_bytes());
   Status status;
@@ -186,8 +176,15 @@ void PyLayer::refit(weights::Assembled assembled, std::vector<nb::object> held) 
     const nb::gil_scoped_release unlocked;
     const std::unique_lock<std::shared_mutex> lock(refit_mutex_);
     const std::lock_guard<std::mutex> variants_lock(variants_mutex_);
-    layer_->refit(assembled.experts, assembled.owner);
-    for (Variant& known : variants_) known.layer->refit(assembled.experts, assembled.owner);
+    checkpoint::Layer next = layer_->weights();
+    next.experts = std::move(assembled.experts);
+    next.owner = std::move(assembled.owner);
+    next.problem.hidden = assembled.hidden;
+    next.problem.inter = assembled.inter;
+    next.problem.local_experts = static_cast<i32>(next.experts.size());
+    next.problem.encoding = assembled.encoding;
+    layer_->refit(next);
+    for (Variant& known : variants_) known.layer->refit(next);
   }
   held_.swap(held);
 }
@@ -198,6 +195,21 @@ i64 PyLayer::workspace_bytes(i64 tokens, const std::optional<std::string>& preci
   return choose(precision, plan).workspace_bytes() + kWorkspaceAlignment - 1;
 }
 
+void PyLayer::wait(nb::handle stream) {
+  void* address = stream_of(stream, nb::none(), choices_.device);
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;
+    const std::shared_lock<std::shared_mutex> lock(refit_mutex_);
+    status = layer_->wait(address);
+    const std::lock_guard<std::mutex> variants_lock(variants_mutex_);
+    for (Variant& known : variants_) {
+      if (status.ok()) status = known.layer->wait(address);
+    }
+  }
+  throw_unless_ok(status);
+}
+
 std::string PyLayer::explain(i64 tokens) const {
   Problem p = problem();
   if (tokens < 0 || tokens > (1 << 24)) {
@@ -205,7 +217,7 @@ std::string PyLayer::explain(i64 tokens) const {
   }
   p.max_tokens = static_cast<i32>(tokens);
   plan::Plan made;
-  const Status status = plan::make(p, machine(), {choices_.plan, {}}, &made);
+  const Status status = plan::make(p, layer().plan().machine, {choices_.plan, {}}, &made);
   return tools::explain_text(what_, made, status);
 }
 

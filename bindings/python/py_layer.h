@@ -46,6 +46,7 @@ class PyLayer {
 
   // Bytes that any buffer given as workspace must have, wherever it begins.
   i64 workspace_bytes(i64 tokens, const std::optional<std::string>& precision, const std::optional<std::string>& plan);
+  void wait(nb::handle stream);
   std::string explain(i64 tokens) const;
   std::string repr() const;
 

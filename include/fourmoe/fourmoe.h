@@ -66,7 +66,7 @@ typedef enum fourmoe_score {
   FOURMOE_SCORE_NONE = 3
 } fourmoe_score;
 
-/* A matrix of activations, logits, ids or routing weights in host memory. */
+/* A matrix of activations, logits, ids or routing weights, in memory of the layer's device. */
 typedef struct fourmoe_tensor {
   void* data;     /* [rows, cols] dtype, rows `stride` elements apart; caller's; null: not given */
   int32_t dtype;  /* fourmoe_dtype */
@@ -130,14 +130,16 @@ typedef struct fourmoe_executor {
 
 typedef struct fourmoe_options {
   size_t struct_size;
-  const char* backend;              /* "auto" (also null), or "cpu", "reference" */
+  const char* backend;              /* "auto" (also null), or "cpu", "reference", "sm90" */
   int32_t precision;                /* fourmoe_precision */
   int32_t max_tokens;               /* of one pass, longer calls are split; 0: 1024 */
   int32_t threads;                  /* 0: all; ignored with an executor */
   const fourmoe_executor* executor; /* null: a pool of the library; copied */
+  const char* device;               /* "host" (also null), or "cuda:0", "cuda:1", ...: where the layer lives */
 } fourmoe_options;
 
-/* One call. Give router_logits, or topk_ids with topk_weights, or neither: then the checkpoint's own router is used. */
+/* One call. Give router_logits, or topk_ids with topk_weights, or neither: then the checkpoint's own router is used.
+ * All pointers, the workspace too, are to memory of the layer's device. */
 typedef struct fourmoe_call {
   size_t struct_size;
   fourmoe_tensor hidden_states; /* [T, hidden] bf16|f16|f32 */
@@ -147,6 +149,7 @@ typedef struct fourmoe_call {
   fourmoe_tensor output;        /* [>= T, hidden] f32|f16|bf16; overwritten, rows beyond T untouched */
   int32_t* picked_ids;          /* [T, top_k] receives the picks; null: not wanted */
   float* picked_weights;        /* [T, top_k] receives their weights; null: not wanted */
+  void* stream;                 /* cudaStream_t that the work goes to; null: the default stream; ignored on the host */
 } fourmoe_call;
 
 typedef struct fourmoe_layer_info {
@@ -161,6 +164,8 @@ typedef struct fourmoe_layer_info {
   int64_t weight_bytes;    /* of the routed experts, as the checkpoint stores them */
   int64_t packed_bytes;    /* memory that packing took; 0 where the backend reads the checkpoint's own bytes */
   int64_t workspace_bytes; /* that one call needs */
+  int32_t device;          /* -1: the host; else the number of the GPU */
+  int32_t unused;          /* 0 */
 } fourmoe_layer_info;
 
 typedef struct fourmoe_checkpoint fourmoe_checkpoint;
@@ -199,6 +204,17 @@ FOURMOE_API fourmoe_status fourmoe_layer_get_info(const fourmoe_layer* layer, fo
  * calls then take turns. T may be 0. */
 FOURMOE_API fourmoe_status fourmoe_layer_run(fourmoe_layer* layer, const fourmoe_call* call, void* workspace,
                                              int64_t workspace_bytes);
+
+/* On a GPU run only enqueues, so that a CUDA graph can capture it (with a workspace given, or after a first call
+ * outside of the capture). This waits for the stream and returns what kernels found wrong, as a pick out of range;
+ * without it the next run returns that, and does nothing else. Calls without a workspace are put in order, but for
+ * captured ones, whose replays the caller orders. On the host: FOURMOE_OK at once. */
+FOURMOE_API fourmoe_status fourmoe_layer_wait(fourmoe_layer* layer, void* stream);
+
+/* Replaces the weights of a layer made by fourmoe_layer_create by others of the same shapes; on a GPU the packed
+ * weights keep their addresses, so that captured graphs stay valid. No call may be under way. Routing is not changed
+ * but for selection_bias. */
+FOURMOE_API fourmoe_status fourmoe_layer_refit(fourmoe_layer* layer, const fourmoe_layer_desc* desc);
 
 #ifdef __cplusplus
 }

@@ -39,9 +39,10 @@ struct Options {
   std::int32_t max_tokens = 0;                 // of one pass; 0: the library's default
   std::int32_t threads = 0;                    // 0: all
   const fourmoe_executor* executor = nullptr;  // a thread pool of the host program
+  std::string device = "host";                 // or "cuda:0", ...
 
   fourmoe_options c() const {
-    return {sizeof(fourmoe_options), backend.c_str(), precision, max_tokens, threads, executor};
+    return {sizeof(fourmoe_options), backend.c_str(), precision, max_tokens, threads, executor, device.c_str()};
   }
 };
 
@@ -72,6 +73,12 @@ class Layer {
   void run(const Call& call, void* workspace = nullptr, std::int64_t workspace_bytes = 0) {
     check(fourmoe_layer_run(layer_.get(), &call, workspace, workspace_bytes));
   }
+
+  // Waits for a GPU's work and throws what it found wrong.
+  void wait(void* stream = nullptr) { check(fourmoe_layer_wait(layer_.get(), stream)); }
+
+  // Other weights of the same shapes, which must outlive the layer.
+  void refit(const fourmoe_layer_desc& desc) { check(fourmoe_layer_refit(layer_.get(), &desc)); }
 
  private:
   struct Free {

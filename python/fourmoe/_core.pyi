@@ -52,6 +52,11 @@ class Layer:
         """
     def explain(self, tokens: int = 1024) -> str:
         """What `fourmoe explain` prints of this layer: the plan for up to `tokens`, and who refuses and why."""
+    def wait(self, stream: Any = None) -> None:
+        """On a GPU: waits for the stream's work and raises what its kernels found wrong, as an id out of range.
+
+        Calls on a GPU enqueue and do not wait; without this, the next call raises it. At once on the host.
+        """
     def workspace_bytes(self, tokens: int = 0, *, precision: Optional[str] = None, plan: Optional[str] = None) -> int:
         """Bytes that a call's workspace must have, at any alignment; the same for every number of tokens."""
     def refit(

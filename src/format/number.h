@@ -30,16 +30,16 @@ using f64 = double;
 namespace format {
 
 // bf16: the upper half of an f32.
-inline f32 from_bf16(u16 bits) { return std::bit_cast<f32>(u32{bits} << 16); }
+FOURMOE_HD f32 from_bf16(u16 bits) { return std::bit_cast<f32>(u32{bits} << 16); }
 
-inline u16 to_bf16(f32 value) {
+FOURMOE_HD u16 to_bf16(f32 value) {
   const u32 bits = std::bit_cast<u32>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<u16>((bits >> 16) | 0x40u);  // NaN stays NaN
   return static_cast<u16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // f16: 1 sign, 5 exponent (bias 15), 10 mantissa bits.
-inline f32 from_f16(u16 bits) {
+FOURMOE_HD f32 from_f16(u16 bits) {
   const u32 sign = u32{bits & 0x8000u} << 16;
   const u32 magnitude = bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<f32>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -49,7 +49,7 @@ inline f32 from_f16(u16 bits) {
 }
 
 // Overflow gives infinity, as IEEE 754 demands; to_f16_saturated stops at 65504.
-inline u16 to_f16(f32 value) {
+FOURMOE_HD u16 to_f16(f32 value) {
   const u32 bits = std::bit_cast<u32>(value);
   const u32 sign = (bits >> 16) & 0x8000u;
   const u32 magnitude = bits & 0x7fffffffu;
@@ -63,14 +63,14 @@ inline u16 to_f16(f32 value) {
   return static_cast<u16>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-inline u16 to_f16_saturated(f32 value) {
+FOURMOE_HD u16 to_f16_saturated(f32 value) {
   if (value > 65504.0f) return 0x7bffu;
   if (value < -65504.0f) return 0xfbffu;
   return to_f16(value);
 }
 
 // E4M3 ("fn": no infinities): 1 sign, 4 exponent (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN; largest 448.
-inline f32 from_e4m3(u8 byte) {
+FOURMOE_HD f32 from_e4m3(u8 byte) {
   const u32 magnitude = byte & 0x7fu;
   const f32 sign = (byte & 0x80u) != 0 ? -1.0f : 1.0f;
   if (magnitude == 0x7fu) return sign * std::bit_cast<f32>(0x7fc00000u);
@@ -79,7 +79,7 @@ inline f32 from_e4m3(u8 byte) {
 }
 
 // Saturates at 448; NaN gives 0x7f.
-inline u8 to_e4m3(f32 value) {
+FOURMOE_HD u8 to_e4m3(f32 value) {
   const u32 bits = std::bit_cast<u32>(value);
   const u32 sign = (bits >> 24) & 0x80u;
   const u32 magnitude = bits & 0x7fffffffu;

@@ -25,7 +25,7 @@ inline f32 from_e2m1(u8 code) { return kE2m1[code & 15u]; }
 
 // Nearest E2M1 code, ties to the even code; magnitudes above 6 saturate. -0 gives code 0, as ModelOpt writes it; small
 // negative values give code 8.
-inline u8 to_e2m1(f32 value) {
+FOURMOE_HD u8 to_e2m1(f32 value) {
   const f32 magnitude = std::fabs(value);
   const u8 code = static_cast<u8>((magnitude > 0.25f) + (magnitude >= 0.75f) + (magnitude > 1.25f) +
                                   (magnitude >= 1.75f) + (magnitude > 2.5f) + (magnitude >= 3.5f) + (magnitude > 5.0f));

@@ -12,12 +12,6 @@ f32 block_amax(const f32* x) {
   return std::bit_cast<f32>(largest);
 }
 
-u8 block_scale(f32 amax, f32 global) {
-  const f32 scale = amax / (kE2m1Max * global);
-  if (scale == 0.0f) return to_e4m3(1.0f);
-  return to_e4m3(scale < 0x1p-9f ? 0x1p-9f : scale);  // to_e4m3 saturates; NaN passes
-}
-
 }  // namespace
 
 void quantise_row(const f32* x, i64 n, f32 global, u8* codes, u8* scales) {

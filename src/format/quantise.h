@@ -5,6 +5,13 @@
 
 namespace fourmoe::format {
 
+// The scale of a block whose largest magnitude is amax, E4M3 (recipe below).
+FOURMOE_HD u8 block_scale(f32 amax, f32 global) {
+  const f32 scale = amax / (kE2m1Max * global);
+  if (scale == 0.0f) return to_e4m3(1.0f);
+  return to_e4m3(scale < 0x1p-9f ? 0x1p-9f : scale);  // to_e4m3 saturates; NaN passes
+}
+
 // One row of n values (a multiple of 16) to E2M1 pairs [n/2], low nibble first, and E4M3 scales [n/16], such that
 // value ~ E2M1 * E4M3 * global. ModelOpt's recipe, for weights and activations alike (tests/fixtures/README.md); in
 // f32, each operation rounded, subnormals kept:

@@ -42,7 +42,7 @@ struct Tensor {
   i64 stride = 0;  // elements between the starts of two rows, >= cols
 
   bool empty() const { return data == nullptr; }
-  u8* row(i64 index) const { return static_cast<u8*>(data) + index * stride * dtype_bytes(dtype); }
+  FOURMOE_HD u8* row(i64 index) const { return static_cast<u8*>(data) + index * stride * dtype_bytes(dtype); }
 };
 
 // Element `col` of a row of floats of the given type.

@@ -88,10 +88,7 @@ bool read_logits(const format::Tensor& logits, i32 token, std::vector<f64>* out)
 }
 
 Status pick_from_logits(const Problem& problem, const In& in, i32 token, Scratch* s, const Out& out) {
-  if (!read_logits(in.logits, token, &s->logits)) {
-    return refuse(Reason::value_not_finite,
-                  fmt::format("router_logits of token {} hold NaN or +infinity, or are all -infinity", token));
-  }
+  if (!read_logits(in.logits, token, &s->logits)) return refuse_logits(token);
   score(problem.routing.score, s->logits, &s->scores);
   for (i32 e = 0; e < problem.experts; ++e) s->choice[e] = s->scores[e] + (in.bias != nullptr ? f64{in.bias[e]} : 0.0);
   mask_groups(problem, &s->choice);
@@ -112,10 +109,7 @@ i64 read_id(const format::Tensor& ids, i32 token, i32 p) {
 Status copy_picks(const Problem& problem, const In& in, i32 token, const Out& out) {
   for (i32 p = 0; p < problem.top_k; ++p) {
     const i64 id = read_id(in.ids, token, p);
-    if (id < -1 || id >= problem.experts) {
-      return refuse(Reason::pick_out_of_range,
-                    fmt::format("topk_ids[{}, {}] is {}, expected -1 to {}", token, p, id, problem.experts - 1));
-    }
+    if (id < -1 || id >= problem.experts) return refuse_id(token, p, id, problem.experts);
     out.ids[i64{token} * problem.top_k + p] = static_cast<i32>(id);
     out.weights[i64{token} * problem.top_k + p] =
         id < 0 ? 0.0f : format::read(in.weights.row(token), in.weights.dtype, p);
@@ -124,6 +118,16 @@ Status copy_picks(const Problem& problem, const In& in, i32 token, const Out& ou
 }
 
 }  // namespace
+
+Status refuse_logits(i32 token) {
+  return refuse(Reason::value_not_finite,
+                fmt::format("router_logits of token {} hold NaN or +infinity, or are all -infinity", token));
+}
+
+Status refuse_id(i32 token, i32 position, i64 id, i32 experts) {
+  return refuse(Reason::pick_out_of_range,
+                fmt::format("topk_ids[{}, {}] is {}, expected -1 to {}", token, position, id, experts - 1));
+}
 
 Status pick(const Problem& problem, const In& in, i32 tokens, Executor& executor, const Out& out) {
   std::atomic<i32> first_bad{tokens};

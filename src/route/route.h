@@ -40,7 +40,13 @@ struct Out {
   i32* pick_slot = nullptr;     // [tokens, top_k] slot of the pick, -1 where it is skipped or not local
   u8* codes = nullptr;          // [slots, hidden/2] E2M1 pairs, low nibble first: tokens quantised; null unless w4a4
   u8* scales = nullptr;         // [slots, hidden/16] E4M3; null unless w4a4
+  u16* rows = nullptr;          // [slots, hidden] bf16: each slot's token as gemm1 multiplies it, in w4a4 the exact
+                                // values of codes and scales without their global; null unless the plan is for a GPU
 };
+
+// What pick says of a token that it refuses, on the host and on a device.
+Status refuse_logits(i32 token);
+Status refuse_id(i32 token, i32 position, i64 id, i32 experts);
 
 // Picks of every token. Reads In, writes Out::ids and Out::weights. Refuses NaN logits and ids out of range, naming the
 // token and the value.

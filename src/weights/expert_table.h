@@ -31,8 +31,23 @@ struct Expert {
   f32 inter_scale = 1.0f;  // of the intermediate (input_scale of down)
 };
 
+// The table as kernels read it: all arrays lie in the memory of one GPU, [local_experts] unless said; owner:
+// weights::DevicePacked.
+struct DeviceTable {
+  const std::byte* const* gemm1 = nullptr;  // blobs of gate and up, in the room's tiles; their addresses never change
+  const std::byte* const* gemm2 = nullptr;  // blobs of down
+  const f32* gemm1_globals = nullptr;       // [local_experts, 2] of gate and of up; w4a4: times input_scale
+  const f32* gemm2_globals = nullptr;       // of down; w4a4: times inter_scale
+  const f32* gate_bias = nullptr;           // [local_experts, inter]; null for none
+  const f32* up_bias = nullptr;             // [local_experts, inter]; null for none
+  const f32* down_bias = nullptr;           // [local_experts, hidden]; null for none
+  const f32* input_scale = nullptr;         // w4a4, as in Expert
+  const f32* inter_scale = nullptr;         // w4a4, as in Expert
+};
+
 struct ExpertTable {
-  std::span<const Expert> experts;  // [local_experts]; owner: whoever loaded the layer
+  std::span<const Expert> experts;      // [local_experts]; owner: whoever loaded the layer
+  const DeviceTable* device = nullptr;  // null unless the plan is for a GPU; outlives the call
 };
 
 }  // namespace fourmoe::weights

@@ -183,10 +183,62 @@ TEST(Api, RefusalsNameTheArgument) {
   expect_error("file_unreadable", "no-such-folder", [] { fourmoe::Checkpoint("no-such-folder"); });
 }
 
+TEST(Api, WaitingOnTheHostIsImmediate) {
+  const Constant weights;
+  fourmoe::Layer layer = fourmoe::Layer::create(weights.desc);
+  EXPECT_EQ(layer.info().device, -1);
+  Buffers b(3);
+  layer.run(b.call);
+  layer.wait();
+  EXPECT_NEAR(b.y[0], expected(), 1e-5f);
+}
+
+TEST(Api, RefitTakesOtherWeightsOfTheSameShapes) {
+  const Constant weights;
+  for (const char* backend : {"cpu", "reference"}) {
+    fourmoe::Options options;
+    options.backend = backend;
+    fourmoe::Layer layer = fourmoe::Layer::create(weights.desc, options);
+    Buffers before(3), after(3), fresh(3);
+    layer.run(before.call);
+    const Constant other(0x33, 0x39, 0.25f);
+    layer.refit(other.desc);
+    layer.run(after.call);
+    fourmoe::Layer::create(other.desc, options).run(fresh.call);
+    EXPECT_NE(after.y, before.y) << backend;
+    EXPECT_EQ(after.y, fresh.y) << backend;
+    Constant wider;
+    wider.desc.experts = wider.desc.local_experts = 3;
+    expect_error("tensor_mismatch", "other shapes", [&] { layer.refit(wider.desc); });
+  }
+}
+
+TEST(Api, DevicesAreRefusedWithWhatWouldPass) {
+  const Constant weights;
+  fourmoe::Options options;
+  options.device = "gpu";
+  expect_error("argument_invalid", "host nor cuda:0", [&] { fourmoe::Layer::create(weights.desc, options); });
+  options.device = "cuda:0";
+  options.backend = "cpu";
+  expect_error("argument_invalid", "device host", [&] { fourmoe::Layer::create(weights.desc, options); });
+  options.device = "host";
+  options.backend = "sm90";
+  expect_error("argument_invalid", "device cuda:0", [&] { fourmoe::Layer::create(weights.desc, options); });
+  options.device = "cuda:77";  // not built, or no such GPU
+  try {
+    fourmoe::Layer::create(weights.desc, options);
+    FAIL() << "accepted";
+  } catch (const fourmoe::Error& error) {
+    EXPECT_TRUE(error.name() == "not_built" || error.name() == "device_missing") << error.name();
+  }
+}
+
 TEST(Api, NullPointersAreRefused) {
   EXPECT_NE(fourmoe_checkpoint_open(nullptr, nullptr), FOURMOE_OK);
   EXPECT_NE(fourmoe_layer_create(nullptr, nullptr, nullptr), FOURMOE_OK);
   EXPECT_NE(fourmoe_layer_run(nullptr, nullptr, nullptr, 0), FOURMOE_OK);
+  EXPECT_NE(fourmoe_layer_wait(nullptr, nullptr), FOURMOE_OK);
+  EXPECT_NE(fourmoe_layer_refit(nullptr, nullptr), FOURMOE_OK);
   EXPECT_NE(std::string(fourmoe_last_error()), "");
   fourmoe_layer_free(nullptr);
   fourmoe_checkpoint_close(nullptr);

@@ -18,13 +18,14 @@ class Tensor(ctypes.Structure):
 
 class Options(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t), ("backend", ctypes.c_char_p), ("precision", ctypes.c_int32),
-                ("max_tokens", ctypes.c_int32), ("threads", ctypes.c_int32), ("executor", ctypes.c_void_p)]
+                ("max_tokens", ctypes.c_int32), ("threads", ctypes.c_int32), ("executor", ctypes.c_void_p),
+                ("device", ctypes.c_char_p)]
 
 
 class Call(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t), ("hidden_states", Tensor), ("router_logits", Tensor),
                 ("topk_ids", Tensor), ("topk_weights", Tensor), ("output", Tensor),
-                ("picked_ids", ctypes.c_void_p), ("picked_weights", ctypes.c_void_p)]
+                ("picked_ids", ctypes.c_void_p), ("picked_weights", ctypes.c_void_p), ("stream", ctypes.c_void_p)]
 
 
 def view(array, dtype):
@@ -49,7 +50,7 @@ class Library:
         self.c.fourmoe_last_error.restype = ctypes.c_char_p
         checkpoint = ctypes.c_void_p()
         self.check(self.c.fourmoe_checkpoint_open(str(folder).encode(), ctypes.byref(checkpoint)))
-        options = Options(ctypes.sizeof(Options), backend, precision, 0, 0, None)
+        options = Options(ctypes.sizeof(Options), backend, precision, 0, 0, None, None)
         indices, count = (ctypes.c_int32 * 64)(), ctypes.c_int64()
         self.check(self.c.fourmoe_checkpoint_layers(checkpoint, indices, ctypes.c_int64(64), ctypes.byref(count)))
         self.layers = {index: ctypes.c_void_p() for index in indices[:count.value]}

@@ -74,6 +74,18 @@ FOURMOE_HD u32 scale_pair(u32 word, int step) {
 
 // The inverses, for packers and tests.
 
+// A byte of two codes, the low nibble first, in place: both halves of a register.
+FOURMOE_HD u32 place_codes(u32 pair) {
+  return (pair & 0x08u) << 12 | (pair & 0x07u) << 6 | (pair & 0x80u) << 24 | (pair & 0x70u) << 18;
+}
+
+// Registers of codes in place, as split_codes makes them -> the words of two K steps.
+FOURMOE_HD void merge_codes(const u32* a, u32* w0, u32* w1) {
+  const u32 spare = a[3] >> 6 | rotate_left(a[7], 20);
+  *w0 = a[0] | a[1] >> 4 | rotate_left(a[2], 22) | (spare & kSpareMask);
+  *w1 = a[4] | a[5] >> 4 | rotate_left(a[6], 22) | (spare & ~kSpareMask) >> 2;
+}
+
 // What each value of each code contributes to the two words (w1 : w0): [register][half][code].
 using CodeTable = std::array<std::array<std::array<u64, 16>, 2>, 8>;
 
@@ -102,7 +114,7 @@ inline std::array<u32, 2> join_codes(const std::array<std::array<u8, 2>, 8>& a) 
 }
 
 // UE5M3 bytes of (row g, row g + 8) for two K steps -> the word that scale_pair reads.
-inline u32 join_scales(u8 g0, u8 h0, u8 g1, u8 h1) {
+FOURMOE_HD u32 join_scales(u8 g0, u8 h0, u8 g1, u8 h1) {
   const u32 second = u32{g1} << 4 | u32{h1} << 20;
   return (u32{g0} << 4 | u32{h0} << 20) | (second >> 8 | second << 24);
 }

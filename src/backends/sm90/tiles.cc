@@ -1,5 +1,7 @@
 #include "backends/sm90/tiles.h"
 
+#include <fmt/format.h>
+
 #include "backends/sm90/atom.h"
 
 namespace fourmoe::sm90 {
@@ -66,6 +68,38 @@ void pack(const format::Matrix* gate, const format::Matrix& up, u8* blob) {
       pack_tile(gate, up, tile * kTileRows, step * kTileColumns, blob + (i64{tile} * steps + step) * kTileBytes);
     }
   }
+}
+
+namespace {
+
+i32 band_rows(bool gated) { return gated ? kTileRows / 2 : kTileRows; }
+i64 band_bytes(i32 cols) { return blob_bytes(kTileRows, cols); }
+
+Status pack_on_device(const weights::Piece& piece, gpu::Stream stream) {
+  if constexpr (gpu::kBuilt) return pack(piece, stream);
+  return gpu::check_launch("sm90 pack");
+}
+
+}  // namespace
+
+const weights::Packing kPacking = {band_rows, band_bytes, pack_on_device};
+
+Verdict can(const Problem& problem, const Machine& machine) {
+  if (Verdict verdict = gpu::can(machine, 9, 0); !verdict.accepted()) return verdict;
+  if (problem.encoding != format::Encoding::nvfp4) {
+    return reject(Reason::encoding_unsupported,
+                  fmt::format("weights are {}; nvfp4 would pass", format::encoding_name(problem.encoding)));
+  }
+  if (problem.precision == Precision::w4a16 && problem.activations != format::Dtype::bf16) {
+    return reject(Reason::dtype_unsupported,
+                  fmt::format("activations are {}; bf16 would pass", format::dtype_name(problem.activations)));
+  }
+  return accept();
+}
+
+std::string describe(const Problem&, const Machine& machine) {
+  const Device* device = device_of(machine);
+  return device == nullptr ? "" : fmt::format("cuda:{} {}, wgmma on {} SMs", device->index, device->name, device->sms);
 }
 
 }  // namespace fourmoe::sm90

@@ -7,8 +7,8 @@
 // swizzle (chunk ^ row), so that the rows of a tile are one bulk copy a K step. Each expert's slots begin at a group.
 #pragma once
 
-#include "format/number.h"
-#include "format/tensor.h"
+#include "flow.h"
+#include "weights/device_packed.h"
 
 namespace fourmoe::sm90 {
 
@@ -32,6 +32,15 @@ FOURMOE_HD u8* chunk_address(u8* tokens, i64 step_bytes, int slot, int chunk) {
 // Packs one projection pair (gate and up, both [rows, columns]) or one matrix (gate null) into blob_bytes of the rows
 // that result: 2 * rows, or rows. NVFP4 only. Blocks whose scale is 0 get zero codes: the packed scale has no zero.
 void pack(const format::Matrix* gate, const format::Matrix& up, u8* blob);
+
+// The same on a GPU, for the layer's packing on the device; enqueues. The piece's bands are row tiles.
+Status pack(const weights::Piece& piece, gpu::Stream stream);
+
+extern const weights::Packing kPacking;
+
+// What both steps ask of problem and machine.
+Verdict can(const Problem& problem, const Machine& machine);
+std::string describe(const Problem& problem, const Machine& machine);
 
 // A kernel's shape: kSlots tokens (wgmma's N) by kGroups * kRows * 64 weight rows.
 template <int kSlots_, int kGroups_, int kRows_, int kStages_>

@@ -1,0 +1,85 @@
+// gemm1 on Hopper as a step: binds a call's views to the kernel of gemm1.h.
+#include "backends/sm90/gemm1.h"
+
+#include "args.h"
+#include "backends/sm90/tiles.h"
+#include "route/device.h"
+
+namespace fourmoe::sm90 {
+namespace {
+
+// w4a4: activations before they are quantised, and their codes, of which the rows for gemm2 are the values.
+struct Scratch {
+  f32* wide = nullptr;   // [slots, inter]
+  u8* codes = nullptr;   // [slots, inter/2]
+  u8* scales = nullptr;  // [slots, inter/16]
+};
+
+i64 carve(const Problem& problem, std::byte* memory, Scratch* scratch) {
+  if (problem.precision != Precision::w4a4) return 0;
+  const i64 values = i64{problem.max_tokens} * problem.top_k * problem.inter;
+  Carver carver(memory);
+  scratch->wide = carver.take<f32>(values);
+  scratch->codes = carver.take<u8>(values / 2);
+  scratch->scales = carver.take<u8>(values / format::kNvfp4Block);
+  return carver.used();
+}
+
+i64 bytes(const Problem& problem, const Machine&) {
+  Scratch unused;
+  return carve(problem, nullptr, &unused);
+}
+
+Gemm1 bind(const Args& args, const Scratch& scratch) {
+  const Problem& problem = *args.problem;
+  const weights::DeviceTable& table = *args.weights.device;
+  Gemm1 call;
+  call.blobs = table.gemm1;
+  call.globals = table.gemm1_globals;
+  call.gate_bias = table.gate_bias;
+  call.up_bias = table.up_bias;
+  call.expert_begin = args.slots.expert_begin;
+  call.rows = args.slots.rows;
+  call.y = scratch.wide == nullptr ? args.inter.rows : nullptr;
+  call.y_wide = scratch.wide;
+  call.experts = problem.local_experts;
+  call.hidden = problem.hidden;
+  call.inter = problem.inter;
+  call.max_slots = problem.max_tokens * problem.top_k;
+  call.expected_slots = args.tokens * problem.top_k;
+  call.activation = problem.activation;
+  return call;
+}
+
+Status quantise(const Args& args, const Scratch& scratch) {
+  route::DeviceRows rows;
+  rows.problem = *args.problem;
+  rows.tokens = args.tokens;
+  rows.columns = args.problem->inter;
+  rows.values = scratch.wide;
+  rows.slots = args.slots;
+  rows.globals = args.weights.device->inter_scale;
+  rows.codes = scratch.codes;
+  rows.scales = scratch.scales;
+  rows.rows = args.inter.rows;
+  return route::launch_quantise_rows(rows, args.stream);
+}
+
+Status run(const Bound& bound) {
+  if constexpr (!gpu::kBuilt) return gpu::check_launch("sm90 gemm1");
+  else {
+    const Args& args = *bound.args;
+    Scratch scratch;
+    carve(*args.problem, bound.scratch, &scratch);
+    Status status = launch(bind(args, scratch), *device_of(*args.machine), args.stream);
+    return status.ok() && scratch.wide != nullptr ? quantise(args, scratch) : status;
+  }
+}
+
+}  // namespace
+
+extern const Step kGemm1;
+const Step kGemm1 = {"sm90",        "gemm1",  {Stage::gemm1, Stage::gemm1}, can, bytes, run, describe, nullptr,
+                     Place::device, &kPacking};
+
+}  // namespace fourmoe::sm90

@@ -1,0 +1,46 @@
+// gemm2 on Hopper as a step: binds a call's views to the kernel of gemm2.h.
+#include "backends/sm90/gemm2.h"
+
+#include "args.h"
+#include "backends/sm90/tiles.h"
+
+namespace fourmoe::sm90 {
+namespace {
+
+Status run(const Bound& bound) {
+  if constexpr (!gpu::kBuilt) return gpu::check_launch("sm90 gemm2");
+  else {
+    const Args& args = *bound.args;
+    const Problem& problem = *args.problem;
+    const weights::DeviceTable& table = *args.weights.device;
+    Gemm2 call;
+    call.blobs = table.gemm2;
+    call.globals = table.gemm2_globals;
+    call.bias = table.down_bias;
+    call.expert_begin = args.slots.expert_begin;
+    call.rows = args.inter.rows;
+    call.z = args.partial.rows;
+    call.experts = problem.local_experts;
+    call.hidden = problem.hidden;
+    call.inter = problem.inter;
+    call.max_slots = problem.max_tokens * problem.top_k;
+    call.expected_slots = args.tokens * problem.top_k;
+    return launch(call, *device_of(*args.machine), args.stream);
+  }
+}
+
+}  // namespace
+
+extern const Step kGemm2;
+const Step kGemm2 = {"sm90",
+                     "gemm2",
+                     {Stage::gemm2, Stage::gemm2},
+                     can,
+                     [](const Problem&, const Machine&) { return i64{0}; },
+                     run,
+                     describe,
+                     nullptr,
+                     Place::device,
+                     &kPacking};
+
+}  // namespace fourmoe::sm90

@@ -1,0 +1,18 @@
+#include "gpu/fault.h"
+
+#include "route/route.h"
+
+namespace fourmoe::gpu {
+
+Status to_status(const Fault& fault) {
+  const i32 token = fault_token(fault.first);
+  switch (fault_kind(fault.first)) {
+    case FaultKind::none: return {};
+    case FaultKind::logits: return route::refuse_logits(token);
+    case FaultKind::id: break;
+  }
+  if (fault.settled != fault.first) return refuse(Reason::internal, "a fault was read before its stream was done");
+  return route::refuse_id(token, fault_position(fault.first), fault.value, fault.experts);
+}
+
+}  // namespace fourmoe::gpu

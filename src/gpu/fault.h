@@ -1,0 +1,36 @@
+// Fault: what kernels found wrong with a call's input, kept until the host asks.
+//
+// A kernel cannot refuse a call: the refused token gets no picks, combine writes NaN into its row, and the lowest such
+// token is kept here. The record is the same whatever the order in which threads report.
+#pragma once
+
+#include "format/number.h"
+#include "status.h"
+
+namespace fourmoe::gpu {
+
+enum class FaultKind : u8 { none, logits, id };
+
+// In device memory, or in host memory mapped into the device; caller's. Starts as Fault{}; kernels only ever lower
+// `first`, so a fault stays through any number of replays until the host writes Fault{} again.
+struct Fault {
+  u64 first = ~u64{0};    // key of the lowest refused token; all ones for none
+  u64 settled = ~u64{0};  // the key to which value and experts belong
+  i64 value = 0;          // FaultKind::id: the id
+  i32 experts = 0;        // FaultKind::id: experts of the layer
+};
+
+// Ordered by token, then by position in its picks.
+FOURMOE_HD u64 fault_key(FaultKind kind, i32 token, i32 position) {
+  return static_cast<u64>(token) << 16 | static_cast<u64>(position) << 8 | static_cast<u64>(kind);
+}
+FOURMOE_HD FaultKind fault_kind(u64 key) {
+  return key == ~u64{0} ? FaultKind::none : static_cast<FaultKind>(key & 255);
+}
+FOURMOE_HD i32 fault_position(u64 key) { return static_cast<i32>(key >> 8 & 255); }
+FOURMOE_HD i32 fault_token(u64 key) { return static_cast<i32>(key >> 16); }
+
+// The refusal that route::pick gives for the same token; ok for none. Read the fault after its stream is done.
+Status to_status(const Fault& fault);
+
+}  // namespace fourmoe::gpu

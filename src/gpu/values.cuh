@@ -1,0 +1,66 @@
+// values: reading and writing runs of floats of the types that callers have, 16 bytes at a time where they lie so.
+#pragma once
+
+#include "format/nvfp4.h"
+#include "format/tensor.h"
+
+namespace fourmoe::gpu {
+
+// Element `col` of a row of floats.
+__device__ __forceinline__ f32 read(const void* row, format::Dtype dtype, i64 col) {
+  if (dtype == format::Dtype::f32) return static_cast<const f32*>(row)[col];
+  const u16 half = static_cast<const u16*>(row)[col];
+  return dtype == format::Dtype::f16 ? format::from_f16(half) : format::from_bf16(half);
+}
+
+// The two halves of a word, the lower address first.
+__device__ __forceinline__ f32 low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ f32 high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ u32 pair_bf16(f32 low, f32 high) {
+  return format::to_bf16(low) | u32{format::to_bf16(high)} << 16;
+}
+__device__ __forceinline__ u32 pair_f16(f32 low, f32 high) {
+  return format::to_f16_saturated(low) | u32{format::to_f16_saturated(high)} << 16;
+}
+
+// Eight values from column 8 * octet on; the row begins at a multiple of 16 bytes.
+__device__ __forceinline__ void load_octet(const void* row, format::Dtype dtype, i64 octet, f32 (&x)[8]) {
+  if (dtype == format::Dtype::f32) {
+    const float4 low = static_cast<const float4*>(row)[2 * octet];
+    const float4 high = static_cast<const float4*>(row)[2 * octet + 1];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    return;
+  }
+  const uint4 halves = static_cast<const uint4*>(row)[octet];
+  const u32 words[4] = {halves.x, halves.y, halves.z, halves.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool f16 = dtype == format::Dtype::f16;
+    x[2 * i] = f16 ? format::from_f16(static_cast<u16>(words[i])) : low_bf16(words[i]);
+    x[2 * i + 1] = f16 ? format::from_f16(static_cast<u16>(words[i] >> 16)) : high_bf16(words[i]);
+  }
+}
+
+__device__ __forceinline__ uint4 octet_bf16(const f32 (&x)[8]) {
+  return {pair_bf16(x[0], x[1]), pair_bf16(x[2], x[3]), pair_bf16(x[4], x[5]), pair_bf16(x[6], x[7])};
+}
+
+// Four values at column 4 * quad.
+__device__ __forceinline__ void store_quad(void* row, format::Dtype dtype, i64 quad, const float4& x) {
+  if (dtype == format::Dtype::f32) {
+    static_cast<float4*>(row)[quad] = x;
+  } else if (dtype == format::Dtype::f16) {
+    static_cast<uint2*>(row)[quad] = {pair_f16(x.x, x.y), pair_f16(x.z, x.w)};
+  } else {
+    static_cast<uint2*>(row)[quad] = {pair_bf16(x.x, x.y), pair_bf16(x.z, x.w)};
+  }
+}
+
+// E2M1 by code: with the exponent field of an f32 the magnitude's bits are short by 2^126, subnormal 0.5 included.
+__device__ __forceinline__ f32 from_e2m1(u32 code) {
+  const f32 magnitude = __uint_as_float((code & 7u) << 22) * 0x1p126f;
+  return __uint_as_float(__float_as_uint(magnitude) | (code & 8u) << 28);
+}
+
+}  // namespace fourmoe::gpu

@@ -1,0 +1,218 @@
+#include <fmt/format.h>
+
+#include <array>
+#include <new>
+
+#include "gpu/fault.h"
+#include "gpu/runtime.h"
+#include "residence.h"
+#include "route/shared.h"
+#include "weights/device_packed.h"
+
+namespace fourmoe {
+namespace {
+
+using format::Dtype;
+using format::Matrix;
+using format::Tensor;
+
+const weights::Packing* packing_of(const plan::Plan& plan) {
+  for (const Step* step : plan.steps) {
+    if (step->packing != nullptr) return step->packing;
+  }
+  return nullptr;
+}
+
+// A dense matrix of few rows: the router, or the gate of the shared experts.
+class DeviceMatrix {
+ public:
+  // Takes memory at the first call and fills it in each. Throws Error.
+  void set(const char* name, const Matrix& matrix) {
+    if (matrix.empty()) return;
+    switch (matrix.encoding) {
+      case format::Encoding::bf16: tensor_.dtype = Dtype::bf16; break;
+      case format::Encoding::f16: tensor_.dtype = Dtype::f16; break;
+      case format::Encoding::f32: tensor_.dtype = Dtype::f32; break;
+      default:
+        throw Error(Reason::encoding_unsupported, fmt::format("{} is {}; on a GPU bf16, f16 or f32 would pass", name,
+                                                              format::encoding_name(matrix.encoding)));
+    }
+    const i64 row = format::row_bytes(matrix.encoding, matrix.cols);
+    if (memory_.data() == nullptr) {
+      throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, row * matrix.rows, name, &memory_));
+    }
+    for (i64 r = 0; r < matrix.rows; ++r) {
+      throw_unless_ok(gpu::copy(memory_.data() + r * row, matrix.row(r), row, nullptr, name));
+    }
+    tensor_ = {memory_.data(), tensor_.dtype, matrix.rows, matrix.cols, matrix.cols};
+  }
+  const Tensor& tensor() const { return tensor_; }
+  i64 bytes() const { return memory_.bytes(); }
+
+ private:
+  gpu::Buffer memory_;
+  Tensor tensor_;
+};
+
+class DeviceFloats {
+ public:
+  void set(const char* name, std::span<const f32> values) {
+    const i64 bytes = static_cast<i64>(values.size_bytes());
+    if (memory_.data() == nullptr) {
+      throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, bytes, name, &memory_));
+    }
+    throw_unless_ok(gpu::copy(memory_.data(), values.data(), bytes, nullptr, name));
+  }
+  const f32* get() const { return memory_.as<f32>(); }  // null for none
+
+ private:
+  gpu::Buffer memory_;
+};
+
+class DeviceResidence final : public Residence {
+ public:
+  DeviceResidence(checkpoint::Layer* layer, const Plans& plans, Executor& executor)
+      : layer_(*layer), executor_(executor), device_(device_of(plans.routed.machine)->index) {
+    const gpu::Current current(device_);
+    throw_unless_ok(current.status());
+    throw_unless_ok(gpu::Buffer::make(gpu::Kind::pinned, sizeof(gpu::Fault), "fault record", &fault_));
+    new (fault_.data()) gpu::Fault;
+    throw_unless_ok(gpu::Event::make(&own_workspace_done_));
+    set_numbers();
+    packed_.emplace(plans.routed.problem, layer_.experts, *packing_of(plans.routed), device_, executor);
+    if (!layer_.shared) return;
+    packed_shared_.emplace(plans.shared.problem, std::span(&layer_.shared->expert, 1), *packing_of(plans.shared),
+                           device_, executor);
+  }
+
+  i64 packed_bytes() const override { return packed_->bytes() + (packed_shared_ ? packed_shared_->bytes() : 0); }
+  weights::ExpertTable routed() const override { return {layer_.experts, &packed_->table()}; }
+  weights::ExpertTable shared() const override {
+    return {std::span(&layer_.shared->expert, 1), &packed_shared_->table()};
+  }
+  const f32* selection_bias() const override { return selection_bias_.get(); }
+
+  Status enter(Visit* visit) override {
+    if (Status status = check_places(*visit); !status.ok()) return status;
+    if (Status status = take_fault(); !status.ok()) {
+      status.detail += " (found by an earlier call; this one did nothing)";
+      return status;
+    }
+    return visit->workspace.data != nullptr ? Status{} : lend_workspace(visit);
+  }
+
+  Status leave(Visit* visit) override {
+    if (!visit->turn.owns_lock() || lent_to_capture_) return {};
+    return own_workspace_done_.record(visit->call.stream);
+  }
+
+  Status wait(void* stream) override {
+    if (Status status = gpu::synchronise(stream); !status.ok()) return status;
+    return take_fault();
+  }
+
+  void complete(Args* args) override { args->fault = fault_.as<gpu::Fault>(); }
+
+  Status logits(const Tensor& hidden, void* stream, f32* logits) override {
+    if constexpr (!gpu::kBuilt) return gpu::synchronise(stream);
+    else return route::launch_logits({hidden, router_.tensor(), router_bias_.get(), logits}, stream);
+  }
+
+  Status pick_shared(const Tensor& hidden, void* stream, i32* ids, f32* weights) override {
+    if (Status status = gpu::fill(ids, 0, hidden.rows * 4, stream); !status.ok()) return status;
+    if constexpr (!gpu::kBuilt) return gpu::synchronise(stream);
+    else return route::launch_shared_weights({hidden, shared_gate_.tensor(), nullptr, weights}, stream);
+  }
+
+  void refit() override {
+    const gpu::Current current(device_);
+    throw_unless_ok(current.status());
+    set_numbers();
+    packed_->refit(layer_.experts, executor_);
+    if (packed_shared_) packed_shared_->refit(std::span(&layer_.shared->expert, 1), executor_);
+  }
+
+ private:
+  void set_numbers() {
+    router_.set("router", layer_.router);
+    if (layer_.shared) shared_gate_.set("gate of the shared experts", layer_.shared->gate);
+    if (!layer_.router_bias.empty()) router_bias_.set("router bias", layer_.router_bias);
+    if (!layer_.selection_bias.empty()) selection_bias_.set("selection bias", layer_.selection_bias);
+    throw_unless_ok(gpu::synchronise(nullptr));
+  }
+
+  Status check_places(const Visit& visit) const {
+    const LayerCall& call = visit.call;
+    const std::array<std::pair<const char*, const void*>, 8> all = {{{"hidden_states", call.hidden.data},
+                                                                     {"router_logits", call.logits.data},
+                                                                     {"topk_ids", call.ids.data},
+                                                                     {"topk_weights", call.weights.data},
+                                                                     {"output", call.output.data},
+                                                                     {"picked_ids", call.picked_ids},
+                                                                     {"picked_weights", call.picked_weights},
+                                                                     {"workspace", visit.workspace.data}}};
+    for (const auto& [name, address] : all) {
+      if (address == nullptr) continue;
+      i32 device = -1;
+      if (Status status = gpu::locate(address, &device); !status.ok()) return status;
+      if (device == device_) continue;
+      const std::string found = device < 0 ? "host memory" : fmt::format("memory of cuda:{}", device);
+      return refuse(Reason::memory_misplaced,
+                    fmt::format("{} is in {}, expected memory of cuda:{}", name, found, device_));
+    }
+    return {};
+  }
+
+  // The oldest fault that is complete; the record then starts anew.
+  Status take_fault() {
+    const std::lock_guard<std::mutex> lock(fault_mutex_);
+    volatile gpu::Fault& record = *fault_.as<gpu::Fault>();  // kernels write it at any time
+    const gpu::Fault found = {record.first, record.settled, record.value, record.experts};
+    const gpu::FaultKind kind = gpu::fault_kind(found.first);
+    if (kind == gpu::FaultKind::none || (kind == gpu::FaultKind::id && found.settled != found.first)) return {};
+    record.first = gpu::Fault{}.first;
+    record.settled = gpu::Fault{}.settled;
+    return gpu::to_status(found);
+  }
+
+  // The layer's own workspace. Calls on several streams wait for each other; a captured one orders its replays itself.
+  Status lend_workspace(Visit* visit) {
+    visit->turn = std::unique_lock(own_workspace_mutex_);
+    if (Status status = gpu::capturing(visit->call.stream, &lent_to_capture_); !status.ok()) return status;
+    if (own_workspace_.data() == nullptr && lent_to_capture_) {
+      return refuse(Reason::workspace_too_small, fmt::format("a captured call cannot make the layer's own workspace; "
+                                                             "{} bytes given, or a call before the capture, would pass",
+                                                             visit->bytes));
+    }
+    if (own_workspace_.data() == nullptr) {
+      Status status = gpu::Buffer::make(gpu::Kind::device, visit->bytes, "the layer's own workspace", &own_workspace_);
+      if (!status.ok()) return status;
+    }
+    visit->workspace = {own_workspace_.data(), visit->bytes};
+    return lent_to_capture_ ? Status{} : own_workspace_done_.hold(visit->call.stream);
+  }
+
+  checkpoint::Layer& layer_;
+  Executor& executor_;
+  i32 device_;
+  gpu::Buffer fault_;  // gpu::Fault, pinned
+  std::mutex fault_mutex_;
+  DeviceMatrix router_;
+  DeviceMatrix shared_gate_;
+  DeviceFloats router_bias_;
+  DeviceFloats selection_bias_;
+  std::optional<weights::DevicePacked> packed_;
+  std::optional<weights::DevicePacked> packed_shared_;
+  std::mutex own_workspace_mutex_;
+  gpu::Buffer own_workspace_;  // made at the first call that brings none
+  gpu::Event own_workspace_done_;
+  bool lent_to_capture_ = false;  // guarded by own_workspace_mutex_
+};
+
+}  // namespace
+
+std::unique_ptr<Residence> make_device_residence(checkpoint::Layer* layer, const Plans& plans, Executor& executor) {
+  return std::make_unique<DeviceResidence>(layer, plans, executor);
+}
+
+}  // namespace fourmoe

@@ -1,0 +1,353 @@
+// Rows on a device against the host's bodies: logits, gather, quantise, combine.
+#include <gtest/gtest.h>
+
+#include "args.h"
+#include "combine/device.h"
+#include "format/quantise.h"
+#include "routed.h"
+
+namespace fourmoe::combine {
+extern const Step kHostStep;
+}
+
+namespace fourmoe::gpu_tests {
+namespace {
+
+using format::Dtype;
+
+constexpr Dtype kFloats[] = {Dtype::f32, Dtype::f16, Dtype::bf16};
+
+// [rows, cols] random values of a type, rows `stride` apart, and the view of a copy in device memory. With `nasty`,
+// zeros, infinities, NaN, subnormals and whole blocks of zeros are among them.
+struct Rows {
+  Rows(Dtype type, i64 rows, i64 cols, i64 stride, u64 seed, bool nasty = false)
+      : bytes(std::max<i64>(rows, 1) * stride * format::dtype_bytes(type), 0), device(static_cast<i64>(bytes.size())) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<f32> normal;
+    host = {bytes.data(), type, rows, cols, stride};
+    for (i64 i = 0; i < rows * cols; ++i) {
+      const f32 odd[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 1e-40f, -1e-42f, 3e38f, 65520.0f, 1e-30f};
+      const bool zero_block = nasty && i / 16 % 5 == 1;
+      const f32 value = nasty && random() % 97 == 0 ? odd[random() % 10] : normal(random);
+      format::write(host.row(i / cols), type, i % cols, zero_block ? 0.0f : value);
+    }
+    device.write(bytes);
+    view = host;
+    view.data = device.get();
+  }
+  f32 at(i64 row, i64 col) const { return format::read(host.row(row), host.dtype, col); }
+
+  std::vector<u8> bytes;
+  Device<u8> device;
+  format::Tensor host, view;
+};
+
+// A routed call with some picks that are none, not local or refused.
+struct Slots {
+  Slots(i32 hidden, i32 tokens, i32 top_k, bool weight_on_input = false)
+      : problem(make(hidden, tokens, top_k, weight_on_input)),
+        input(random_ids(problem, tokens, hidden + tokens)),
+        host(run_host(problem, input, tokens)),
+        device(problem, input, tokens) {
+    EXPECT_TRUE(route::launch_slots(device.args, nullptr).ok());
+    input_scales.resize(problem.local_experts);
+    for (i32 e = 0; e < problem.local_experts; ++e) input_scales[e] = 0.001f + 0.0007f * e;
+  }
+  static Problem make(i32 hidden, i32 tokens, i32 top_k, bool weight_on_input) {
+    Problem p = problem_of(24, top_k, tokens);
+    p.hidden = hidden;
+    p.first_expert = 3, p.local_experts = 18;
+    p.routing.weight_on_input = weight_on_input;
+    return p;
+  }
+  i64 used() const { return host.begin.back(); }
+  i64 most() const { return i64{problem.max_tokens} * problem.top_k; }
+
+  Problem problem;
+  Input input;
+  Result host;
+  Routed device;
+  std::vector<f32> input_scales;
+};
+
+struct Size {
+  i32 hidden, tokens, top_k;
+};
+const std::vector<Size> kSizes = {{16, 1, 1}, {48, 7, 8}, {1040, 300, 8}, {2880, 64, 4}, {7168, 5, 9}, {32, 5000, 32}};
+
+TEST(DeviceRows, LogitsAreTheHostsAndDoNotDependOnTheBatch) {
+  FOURMOE_NEEDS_DEVICE();
+  for (const Dtype type : kFloats) {
+    const i64 hidden = type == Dtype::f16 ? 1040 : 2048, experts = 37;
+    const Rows router(type, experts, hidden, hidden, 1), tokens(type, 21, hidden, hidden + 16, 2);
+    const Device<f32> bias(std::vector<f32>(experts, 0.125f));
+    const std::vector<f32> host_bias(experts, 0.125f);
+    format::Matrix matrix{router.bytes.data(), nullptr, hidden * format::dtype_bytes(type), 0, 37, i32(hidden)};
+    matrix.encoding = type == Dtype::f32   ? format::Encoding::f32
+                      : type == Dtype::f16 ? format::Encoding::f16
+                                           : format::Encoding::bf16;
+    std::vector<f32> want(21 * experts);
+    route::logits(tokens.host, matrix, host_bias.data(), tbb_executor(8), want.data());
+    std::vector<f32> all;
+    for (const i64 count : {21, 1, 2, 3, 4, 8, 0}) {
+      Device<f32> out(21 * experts);
+      format::Tensor some = tokens.view;
+      some.rows = count;
+      ASSERT_TRUE(route::launch_logits({some, router.view, bias.get(), out.get()}, nullptr).ok());
+      const std::vector<f32> got = out.read();
+      if (count == 21) all = got;
+      for (i64 i = 0; i < 21 * experts; ++i) {
+        ASSERT_EQ(got[i], i < count * experts ? all[i] : poison<f32>()) << count;
+        ASSERT_LE(ulps(all[i], want[i]), 1);
+      }
+    }
+  }
+}
+
+TEST(DeviceRows, Gather) {
+  FOURMOE_NEEDS_DEVICE();
+  for (const Dtype type : {Dtype::bf16, Dtype::f32}) {
+    for (const Size& size : kSizes) {
+      for (const bool weighted : {false, true}) {
+        const Slots s(size.hidden, size.tokens, weighted ? 1 : size.top_k, weighted);
+        const Rows hidden(type, size.tokens, size.hidden, size.hidden + 8, 4, true);
+        const Device<u16> rows(s.most() * size.hidden);
+        ASSERT_TRUE(
+            route::launch_gather({s.problem, size.tokens, hidden.view, s.device.args.out, nullptr, rows.get()}, nullptr)
+                .ok());
+        const std::vector<u16> got = rows.read();
+        for (i64 i = 0; i < static_cast<i64>(got.size()); ++i) {
+          const i64 slot = i / size.hidden;
+          if (slot >= s.used()) {
+            ASSERT_EQ(got[i], poison<u16>()) << "slot " << slot;
+            continue;
+          }
+          const i32 pick = s.host.slot_pick[slot];
+          const u16 x = format::to_bf16(hidden.at(pick / s.problem.top_k, i % size.hidden));
+          const u16 want = weighted ? format::to_bf16(format::from_bf16(x) * s.host.weights[pick]) : x;
+          if (!std::isnan(format::from_bf16(want))) ASSERT_EQ(got[i], want) << "slot " << slot;
+          else ASSERT_TRUE(std::isnan(format::from_bf16(got[i])));
+        }
+      }
+    }
+  }
+}
+
+TEST(DeviceRows, GatherRefusesWhatItCannotRead) {
+  FOURMOE_NEEDS_DEVICE();
+  const Slots s(48, 7, 8);
+  const Device<u16> rows(s.most() * 48);
+  const Rows half(Dtype::f16, 7, 48, 48, 1), odd(Dtype::bf16, 7, 48, 52, 1);
+  route::DeviceTokens args{s.problem, 7, half.view, s.device.args.out, nullptr, rows.get()};
+  EXPECT_EQ(route::launch_gather(args, nullptr).reason, Reason::dtype_unsupported);
+  args.hidden = odd.view;
+  EXPECT_EQ(route::launch_gather(args, nullptr).detail,
+            "hidden_states has rows 104 bytes apart, expected a multiple of 16");
+}
+
+// Codes and scales of rows, and what they decode to.
+struct Quantised {
+  Quantised(i64 rows, i64 cols) : codes(rows * cols / 2), scales(rows * cols / 16), rows(rows * cols) {}
+  Device<u8> codes, scales;
+  Device<u16> rows;
+};
+
+// `want(slot, x)` fills the f32 row that was quantised and returns its global scale.
+template <class Want>
+void check_quantised(const Quantised& got, i64 used, i64 cols, const Want& want) {
+  const std::vector<u8> codes = got.codes.read(), scales = got.scales.read();
+  const std::vector<u16> rows = got.rows.read();
+  std::vector<u8> row_codes(cols / 2), row_scales(cols / 16);
+  std::vector<f32> x(cols), decoded(cols);
+  for (i64 slot = 0; slot < static_cast<i64>(rows.size()) / cols; ++slot) {
+    if (slot >= used) {
+      ASSERT_EQ(codes[slot * cols / 2], poison<u8>());
+      ASSERT_EQ(scales[slot * cols / 16], poison<u8>());
+      ASSERT_EQ(rows[slot * cols], poison<u16>());
+      continue;
+    }
+    const f32 global = want(slot, x.data());
+    format::quantise_row(x.data(), cols, global, row_codes.data(), row_scales.data());
+    format::dequantise_row(row_codes.data(), row_scales.data(), cols, decoded.data());
+    ASSERT_EQ(0, std::memcmp(codes.data() + slot * cols / 2, row_codes.data(), cols / 2)) << "slot " << slot;
+    ASSERT_EQ(0, std::memcmp(scales.data() + slot * cols / 16, row_scales.data(), cols / 16)) << "slot " << slot;
+    for (i64 i = 0; i < cols; ++i) {
+      const f32 value = format::from_bf16(rows[slot * cols + i]);
+      ASSERT_TRUE(std::bit_cast<u32>(value) == std::bit_cast<u32>(decoded[i]) ||
+                  (std::isnan(value) && std::isnan(decoded[i])))
+          << value << " " << decoded[i];
+    }
+  }
+}
+
+TEST(DeviceRows, QuantisedTokens) {
+  FOURMOE_NEEDS_DEVICE();
+  for (const Dtype type : kFloats) {
+    for (const Size& size : kSizes) {
+      for (const bool weighted : {false, true}) {
+        Slots s(size.hidden, size.tokens, weighted ? 1 : size.top_k, weighted);
+        const Rows hidden(type, size.tokens, size.hidden, size.hidden + 8, 5, true);
+        const Device<f32> scales(s.input_scales);
+        const Quantised got(s.most(), size.hidden);
+        route::DeviceTokens args{s.problem, size.tokens, hidden.view, s.device.args.out, scales.get(), got.rows.get()};
+        args.slots.codes = got.codes.get(), args.slots.scales = got.scales.get();
+        ASSERT_TRUE(route::launch_quantise(args, nullptr).ok());
+        check_quantised(got, s.used(), size.hidden, [&](i64 slot, f32* x) {
+          const i32 pick = s.host.slot_pick[slot];
+          const f32 weight = weighted ? s.host.weights[pick] : 1.0f;
+          for (i32 h = 0; h < size.hidden; ++h) x[h] = hidden.at(pick / s.problem.top_k, h) * weight;
+          return s.input_scales[s.host.ids[pick] - s.problem.first_expert];
+        });
+      }
+    }
+  }
+}
+
+TEST(DeviceRows, QuantisedIntermediate) {
+  FOURMOE_NEEDS_DEVICE();
+  for (const Size& size : kSizes) {
+    Slots s(size.hidden, size.tokens, size.top_k);
+    const Rows values(Dtype::f32, s.most(), size.hidden, size.hidden, 6, true);
+    const Device<f32> globals(s.input_scales);
+    const Quantised got(s.most(), size.hidden);
+    route::DeviceRows args{s.problem,         size.tokens,   size.hidden,     static_cast<const f32*>(values.view.data),
+                           s.device.args.out, globals.get(), got.codes.get(), got.scales.get(),
+                           got.rows.get()};
+    const auto want = [&](i64 slot, f32* x) {
+      for (i32 h = 0; h < size.hidden; ++h) x[h] = values.at(slot, h);
+      return s.input_scales[s.host.ids[s.host.slot_pick[slot]] - s.problem.first_expert];
+    };
+    ASSERT_TRUE(route::launch_quantise_rows(args, nullptr).ok());
+    check_quantised(got, s.used(), size.hidden, want);
+    Device<u16> decoded(s.most() * size.hidden);
+    args.rows = decoded.get();
+    ASSERT_TRUE(route::launch_dequantise_rows(args, nullptr).ok());
+    EXPECT_EQ(decoded.read(), got.rows.read());
+  }
+}
+
+// Host and device sums, all bits; the device's token 0 is refused when `refused`.
+void check_combine(const Size& size, Dtype type, bool with_addend, bool weighted, bool refused) {
+  Slots s(size.hidden, size.tokens, weighted ? 1 : size.top_k, weighted);
+  const Rows z(Dtype::f32, s.most(), size.hidden, size.hidden, 7, true);
+  const Rows addend(Dtype::f32, size.tokens, size.hidden, size.hidden, 8);
+  const i64 stride = size.hidden + 8;
+  const Rows want(type, size.tokens + 2, size.hidden, stride, 9), start(type, size.tokens + 2, size.hidden, stride, 9);
+  Args args;
+  args.problem = &s.problem;
+  args.executor = &tbb_executor(8);
+  args.tokens = size.tokens;
+  args.slots = {s.host.ids.data(), s.host.weights.data(), s.host.begin.data(), s.host.slot_pick.data(),
+                s.host.pick_slot.data()};
+  args.partial.rows = static_cast<f32*>(z.host.data);
+  if (with_addend) args.addend.addend = static_cast<const f32*>(addend.host.data);
+  args.output.output = want.host;
+  const Bound bound{&combine::kHostStep, &args};
+  ASSERT_TRUE(combine::kHostStep.run(bound).ok());
+
+  if (refused) {
+    std::vector<i32> slots = s.host.pick_slot;
+    std::fill_n(slots.begin(), s.problem.top_k, route::kRefused);
+    s.device.pick_slot.write(slots);
+  }
+  combine::DeviceSum sum{size.tokens,
+                         size.hidden,
+                         s.problem.top_k,
+                         weighted,
+                         s.device.pick_slot.get(),
+                         s.device.weights.get(),
+                         static_cast<const f32*>(z.view.data)};
+  if (with_addend) sum.addend.addend = static_cast<const f32*>(addend.view.data);
+  sum.out.output = start.view;
+  ASSERT_TRUE(combine::launch_combine(sum, nullptr).ok());
+  std::vector<u8> bytes = start.device.read();
+  format::Tensor got = start.host;
+  got.data = bytes.data();
+  for (i64 t = 0; t < size.tokens + 2; ++t) {  // the last two rows are left alone
+    for (i64 h = 0; h < size.hidden; ++h) {
+      const f32 a = format::read(got.row(t), type, h), b = want.at(t, h);
+      if (refused && t == 0) ASSERT_TRUE(std::isnan(a));
+      else ASSERT_TRUE(std::bit_cast<u32>(a) == std::bit_cast<u32>(b) || (std::isnan(a) && std::isnan(b))) << a << b;
+    }
+  }
+}
+
+TEST(DeviceRows, CombineIsTheHostsBitForBit) {
+  FOURMOE_NEEDS_DEVICE();
+  for (const Size& size : kSizes) {
+    for (const Dtype type : kFloats) {
+      check_combine(size, type, false, false, false);
+      check_combine(size, type, true, false, true);
+      check_combine(size, type, true, true, false);
+    }
+  }
+}
+
+TEST(DeviceRows, ZeroTokensTouchNothing) {
+  FOURMOE_NEEDS_DEVICE();
+  const Problem p = Slots::make(48, 4, 2, false);
+  Routed routed(p, {}, 0);
+  ASSERT_TRUE(route::launch_slots(routed.args, nullptr).ok());
+  const Device<u16> rows(4 * 2 * 48);
+  route::DeviceTokens tokens{p, 0, {}, routed.args.out, nullptr, rows.get()};
+  EXPECT_TRUE(route::launch_gather(tokens, nullptr).ok());
+  EXPECT_TRUE(route::launch_quantise(tokens, nullptr).ok());
+  EXPECT_TRUE(route::launch_quantise_rows({p, 0, 48, nullptr, routed.args.out}, nullptr).ok());
+  EXPECT_TRUE(combine::launch_combine({0, 48, 2}, nullptr).ok());
+  EXPECT_EQ(rows.read(), std::vector<u16>(4 * 2 * 48, poison<u16>()));
+}
+
+// Routing, gather and combine of two layers of ever new routings in one graph, launches overlapping, against the host.
+TEST(DeviceRows, AGraphOfAllStagesFollowsTheRouting) {
+  FOURMOE_NEEDS_DEVICE();
+  const i32 tokens = 33, hidden = 512, top_k = 4;
+  Problem p = problem_of(64, top_k, tokens);
+  p.hidden = hidden;
+  Routed routed(p, random_logits(p, tokens, 0), tokens);
+  const Rows x(Dtype::bf16, tokens, hidden, hidden, 3);
+  const Rows z(Dtype::f32, tokens * top_k, hidden, hidden, 4);
+  const Device<u16> rows(i64{tokens} * top_k * hidden);
+  const Device<f32> out(i64{tokens} * hidden);
+  combine::DeviceSum sum{
+      tokens, hidden, top_k, false, routed.pick_slot.get(), routed.weights.get(), static_cast<const f32*>(z.view.data)};
+  sum.out.output = {out.get(), Dtype::f32, tokens, hidden, hidden};
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  expect_cuda(cudaStreamCreate(&stream));
+  expect_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  for (int layer = 0; layer < 2; ++layer) {
+    ASSERT_TRUE(route::launch_slots(routed.args, stream).ok());
+    ASSERT_TRUE(route::launch_gather({p, tokens, x.view, routed.args.out, nullptr, rows.get()}, stream).ok());
+    ASSERT_TRUE(combine::launch_combine(sum, stream).ok());
+  }
+  expect_cuda(cudaStreamEndCapture(stream, &graph));
+  expect_cuda(cudaGraphInstantiate(&executable, graph, 0));
+  for (u64 seed = 1; seed <= 100; ++seed) {
+    const Input input = random_logits(p, tokens, seed);
+    routed.logits.write(input.logits);
+    routed.poison();
+    expect_cuda(cudaGraphLaunch(executable, stream));
+    const Result host = run_host(p, input, tokens), got = routed.read();
+    expect_same(got, host, "replay");
+    const std::vector<u16> gathered = rows.read();
+    const std::vector<f32> sums = out.read();
+    for (i64 slot = 0; slot < host.begin.back(); ++slot) {
+      const u8* row = x.host.row(host.slot_pick[slot] / top_k);
+      ASSERT_EQ(0, std::memcmp(gathered.data() + slot * hidden, row, 2 * hidden));
+    }
+    for (i64 i = 0; i < i64{tokens} * hidden; ++i) {
+      f32 acc = 0.0f;
+      for (i64 pick = i / hidden * top_k; pick < (i / hidden + 1) * top_k; ++pick) {
+        acc += got.weights[pick] * z.at(host.pick_slot[pick], i % hidden);
+      }
+      ASSERT_EQ(sums[i], acc);
+    }
+  }
+  expect_cuda(cudaGraphExecDestroy(executable));
+  expect_cuda(cudaGraphDestroy(graph));
+  expect_cuda(cudaStreamDestroy(stream));
+}
+
+}  // namespace
+}  // namespace fourmoe::gpu_tests
