@@ -64,10 +64,10 @@ constexpr const char* kCallDoc =
     "expected and what was found.";
 
 nb::object call_layer(PyLayer& layer, nb::handle hidden_states, nb::handle topk_ids, nb::handle topk_weights,
-                      nb::handle router_logits, nb::handle out, nb::handle workspace, nb::handle stream, Text precision,
-                      Text plan) {
-  return layer.call({hidden_states, topk_ids, topk_weights, router_logits, out, workspace, stream, std::move(precision),
-                     std::move(plan)});
+                      nb::handle router_logits, nb::handle hidden_scales, nb::handle out, nb::handle workspace,
+                      nb::handle stream, Text precision, Text plan) {
+  return layer.call({hidden_states, topk_ids, topk_weights, router_logits, hidden_scales, out, workspace, stream,
+                     std::move(precision), std::move(plan)});
 }
 
 void add_layer(nb::module_& m) {
@@ -76,8 +76,8 @@ void add_layer(nb::module_& m) {
                       "One Mixture-of-Experts layer, loaded or packed; see fourmoe.load and fourmoe.pack.")
       .def("__call__", call_layer, nb::arg("hidden_states").none(), nb::arg("topk_ids") = nb::none(),
            nb::arg("topk_weights") = nb::none(), nb::arg("router_logits") = nb::none(), nb::kw_only(),
-           nb::arg("out") = nb::none(), nb::arg("workspace") = nb::none(), nb::arg("stream") = nb::none(),
-           nb::arg("precision") = nb::none(), nb::arg("plan") = nb::none(), kCallDoc)
+           nb::arg("hidden_scales") = nb::none(), nb::arg("out") = nb::none(), nb::arg("workspace") = nb::none(),
+           nb::arg("stream") = nb::none(), nb::arg("precision") = nb::none(), nb::arg("plan") = nb::none(), kCallDoc)
       .def("explain", &PyLayer::explain, nb::arg("tokens") = 1024,
            "What `fourmoe explain` prints of this layer: the plan for up to `tokens`, and who refuses and why.")
       .def("wait", &PyLayer::wait, nb::arg("stream") = nb::none(),

@@ -24,9 +24,10 @@ Registry& registry() {
   return all;
 }
 
+// Of the output for tokens of a type; bf16 for quantised ones.
 Element element_of(format::Dtype dtype) {
   if (dtype == format::Dtype::f16) return Element::f16;
-  return dtype == format::Dtype::bf16 ? Element::bf16 : Element::f32;
+  return dtype == format::Dtype::f32 ? Element::f32 : Element::bf16;
 }
 
 i64 bytes_of(const format::Tensor& t) {
@@ -68,7 +69,10 @@ Workspace workspace_of(nb::handle object, i32 device, i64 needed) {
 LayerCall convert(const CallArguments& arguments, i32 device) {
   LayerCall call;
   if (arguments.hidden_states.is_none()) throw Error(Reason::argument_invalid, "hidden_states is None");
-  call.hidden = matrix("hidden_states", arguments.hidden_states, device, kFloats);
+  const bool quantised = !arguments.hidden_scales.is_none();
+  call.hidden = quantised ? matrix("hidden_states", arguments.hidden_states, device, {Element::u8})
+                          : matrix("hidden_states", arguments.hidden_states, device, kFloats);
+  call.hidden_scales = matrix("hidden_scales", arguments.hidden_scales, device, {Element::e4m3, Element::u8});
   call.ids = matrix("topk_ids", arguments.topk_ids, device, kIds);
   call.weights = matrix("topk_weights", arguments.topk_weights, device, kFloats);
   call.logits = matrix("router_logits", arguments.router_logits, device, kFloats);
@@ -82,7 +86,9 @@ void check_routes(const LayerCall& call, const Problem& p) {
     throw Error(Reason::argument_invalid,
                 fmt::format("{} is [{}, {}], expected [{}, {}]", name, t.rows, t.cols, call.hidden.rows, cols));
   };
-  check("hidden_states", call.hidden, p.hidden);
+  const bool quantised = call.hidden.dtype == format::Dtype::u8;
+  check("hidden_states", call.hidden, quantised ? p.hidden / 2 : p.hidden);
+  check("hidden_scales", call.hidden_scales, p.hidden / format::kNvfp4Block);
   check("topk_ids", call.ids, p.top_k);
   check("topk_weights", call.weights, p.top_k);
   check("router_logits", call.logits, p.experts);

@@ -15,10 +15,11 @@ namespace fourmoe::python {
 
 // The arguments of one call, as Python gave them; each may be None but hidden_states.
 struct CallArguments {
-  nb::handle hidden_states;  // [T, hidden] f32|f16|bf16
+  nb::handle hidden_states;  // [T, hidden] f32|f16|bf16; with hidden_scales [T, hidden/2] u8
   nb::handle topk_ids;       // [T, top_k] i32|i64
   nb::handle topk_weights;   // [T, top_k] f32|f16|bf16
   nb::handle router_logits;  // [T, experts] f32|f16|bf16
+  nb::handle hidden_scales;  // [T, hidden/16] e4m3|u8
   nb::handle out;            // [>= T, hidden] f32|f16|bf16
   nb::handle workspace;      // [>= workspace_bytes()] u8
   nb::handle stream;

@@ -91,7 +91,7 @@ def refit(layer: _core.Layer, *, gate: Union[Weight, None] = None, up: Weight, d
     given.pop("layer")._refit(given)
 
 
-_core.Layer.refit = refit  # type: ignore[method-assign]
+setattr(_core.Layer, "refit", refit)
 
 
 def quantize(values: Array, global_scale: Union[Array, float, None] = None) -> tuple[Any, Any, Any]:

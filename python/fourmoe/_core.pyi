@@ -29,6 +29,7 @@ class Layer:
         topk_weights: Optional[_Array] = None,
         router_logits: Optional[_Array] = None,
         *,
+        hidden_scales: Optional[_Array] = None,
         out: Optional[_Array] = None,
         workspace: Optional[_Array] = None,
         stream: Any = None,
@@ -41,6 +42,8 @@ class Layer:
         topk_ids, topk_weights: [T, top_k] int32 or int64 and float32, float16 or bfloat16, used as they are; id -1 is
             no pick. Or router_logits: [T, experts] float32, float16 or bfloat16. Or neither, where the layer has a
             router (has_router).
+        hidden_scales: [T, hidden/16] float8_e4m3fn or uint8, of tokens that are NVFP4 already: hidden_states is then
+            [T, hidden/2] uint8, the values are code * scale * input_scale. For "w4a4" on a cpu; output bfloat16.
         out: [>= T, hidden] float32, float16 or bfloat16; overwritten, rows from T on untouched.
         workspace: uint8, workspace_bytes() of them; without it the layer uses memory of its own, and calls take turns.
             With `out` and `workspace` a call allocates nothing that grows with T.

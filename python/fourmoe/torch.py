@@ -8,7 +8,7 @@ inference: no gradient passes through them.
 """
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -17,7 +17,8 @@ from fourmoe import _core
 _ARGUMENTS = ("Tensor hidden_states, int layer, Tensor? topk_ids=None, Tensor? topk_weights=None, "
               "Tensor? router_logits=None, *, str? precision=None, str? plan=None")
 
-_library = torch.library.Library("fourmoe", "DEF")
+_Library: Any = torch.library.Library  # untyped in torch
+_library = _Library("fourmoe", "DEF")
 _library.define(f"run({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(f"run_out({_ARGUMENTS}, Tensor(a!) out, Tensor(b!)? workspace=None) -> ()",
                 tags=(torch.Tag.pt2_compliant_tag,))

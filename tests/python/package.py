@@ -24,7 +24,7 @@ np, _, fourmoe = require("numpy", "fourmoe._core", "fourmoe")
 
 
 def sigmoid(x):
-    return 1.0 / (1.0 + np.exp(-x))
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
 def swiglu(gate, up):

@@ -123,7 +123,7 @@ class ModelOptConfig(QuantizationConfigMixin):
     """The quantization_config of a ModelOpt checkpoint, kept as it is."""
 
     def __init__(self, quant_method: str = "modelopt", quant_algo: Optional[str] = None, **rest: Any) -> None:
-        self.quant_method = quant_method  # type: ignore[assignment]
+        self.quant_method: Any = quant_method
         self.quant_algo = quant_algo
         self.__dict__.update(rest)
 
@@ -143,7 +143,7 @@ def _read(files: dict[str, pathlib.Path], name: str) -> torch.Tensor:
         return tensor
 
 
-class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
+class ModelOptQuantizer(HfQuantizer):
     """Loads the NVFP4 experts of a ModelOpt checkpoint into fourmoe layers, where they stay in 4 bits.
 
     Other quantised linear layers are decoded to the model's dtype; the rest is loaded as transformers does.
@@ -152,8 +152,9 @@ class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def validate_environment(self, *arguments: Any, **options: Any) -> None:
-        if "NVFP4" not in str(self.quantization_config.quant_algo):
-            raise ValueError(f"quant_algo is {self.quantization_config.quant_algo!r}, expected 'NVFP4'")
+        config: Any = self.quantization_config
+        if "NVFP4" not in str(config.quant_algo):
+            raise ValueError(f"quant_algo is {config.quant_algo!r}, expected 'NVFP4'")
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, dtype: Any = None,
                                              **options: Any) -> None:
