@@ -3,6 +3,7 @@ BUILD ?= build
 JOBS ?= $(shell nproc)
 PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
+CUDA ?= 0
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
@@ -11,13 +12,17 @@ SHELL := /bin/bash
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Configures once; afterwards CMake itself notices what changed.
+# Configures once; afterwards CMake itself notices what changed. CUDA=1 adds the code for GPUs, into a folder of its own.
+ifeq ($(CUDA),1)
+BUILD := $(BUILD)-cuda
+configure: options := -DFOURMOE_CUDA=ON
+endif
 configure:
 	@scripts/install_deps.sh build test
 	@test -f $(BUILD)/build.ninja || { python=$$(scripts/find_python.sh) && \
-	  cmake -S . -B $(BUILD) -G Ninja --log-level=WARNING -DFOURMOE_PYTHON="$$python" > /dev/null; }
+	  cmake -S . -B $(BUILD) -G Ninja --log-level=WARNING $(options) -DFOURMOE_PYTHON="$$python" > /dev/null; }
 
-build: configure ## build the command (build/fourmoe) and the library
+build: configure ## build the command (build/fourmoe) and the library; CUDA=1: for GPUs too, in build-cuda
 	@cmake --build $(BUILD) -j $(JOBS) --target product
 
 test: configure ## build and run all tests

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Builds the GPU programs, checks them, runs the standard benchmark and leaves records: for a machine with a Hopper GPU,
-# nvcc, and a python3 with torch. Under 10 minutes.
+# Builds the library for GPUs, checks it, runs the standard benchmarks and leaves records: for a machine with a Hopper
+# GPU, nvcc, the packages of scripts/install_deps.sh and a python3 with torch. Under 10 minutes. CMAKE_PREFIX_PATH in the
+# environment finds packages in other places.
 # Usage: gpu_check.sh FOLDER      (records to copy into bench/results, plots to copy into docs/plots)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,22 +9,33 @@ out=$(realpath "${1:?usage: gpu_check.sh FOLDER}")
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
-flags=(-std=c++20 -O3 -Isrc --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a)
-nvcc "${flags[@]}" bench/sm90/gemms.cu src/backends/sm90/tiles.cc -o "$build/gemms" 2> "$build/log" ||
-  { cat "$build/log" >&2; exit 1; }
+cmake -S . -B "$build" -G Ninja --log-level=WARNING -DFOURMOE_CUDA=ON > "$build/log"
+cmake --build "$build" --target fourmoe_gpu_tests fourmoe_gpu_api_tests fourmoe_tool fourmoe_bench_gemms > "$build/log" 2>&1 ||
+  { grep -A 20 FAILED "$build/log" >&2; exit 1; }
 
-echo "== results of the GEMMs against sums in double"
-"$build/gemms" check | tee "$build/check" | grep -c '"ok": true'
+echo "== tests"
+"$build/tests/fourmoe_gpu_tests" --gtest_brief=1
+"$build/tests/fourmoe_gpu_api_tests" --gtest_brief=1
 for tool in memcheck racecheck synccheck initcheck; do
   echo "== $tool"
-  timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/gemms" check-small | tail -n 1
+  timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 \
+    --gtest_filter='*Small*:*EveryPrecision.Shared*:*EveryPrecision.Duplicate*:*EveryPrecision.Refit*' | tail -n 1
 done
+
+echo "== a layer of the shipped model"
+"$build/fourmoe" verify examples/tiny-moe/nvfp4 --layer 0 --backend sm90
 
 echo "== ceilings"
 python3 bench/sm90/ceilings.py --output "$out/sm90-ceilings.json" --plot "$out/sm90-ceilings.svg" 2> "$build/log" |
   head -n 4
 
 echo "== speed of the GEMMs"
-"$build/gemms" bench > "$build/rows"
+"$build/fourmoe_bench_gemms" > "$build/rows"
 python3 bench/sm90/record.py "$build/rows" --ceilings "$out/sm90-ceilings.json" --output "$out/sm90-gemms.json" \
   --plot "$out/sm90-gemms.svg"
+
+echo "== speed of whole layers"
+for shape in dsv3 qwen3-235b v4-flash qwen3-30b; do
+  "$build/fourmoe" bench --shape "$shape" --backend sm90 --tokens 1,8,64,512 --seconds 0.5 \
+    --output "$out/sm90-layer-$shape.json"
+done

@@ -73,6 +73,111 @@ TEST(Plan, AnUnknownBackendIsRefusedWithTheKnownOnes) {
   EXPECT_FALSE(make(usual(), machine(), {"host", {}}, &plan).ok());
 }
 
+// An H200, made up: plans for a GPU need none.
+Machine with_h200(i32 device) {
+  Machine m = machine();
+  m.cuda = true;
+  m.devices = {{0, "made-up H200", 9, 0, 132, i64{141} << 30, i64{60} << 20}};
+  m.device = device;
+  return m;
+}
+
+const Candidate& find(const Plan& plan, std::string_view room, std::string_view name) {
+  for (const Candidate& c : plan.candidates) {
+    if (c.step->room == room && c.step->name == name) return c;
+  }
+  throw Error(Reason::internal, "no such step");
+}
+
+TEST(DevicePlan, IsAllOnTheDevice) {
+  for (const char* backend : {"auto", "sm90"}) {
+    for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
+      Problem p = usual();
+      p.precision = precision;
+      Plan plan;
+      ASSERT_TRUE(make(p, with_h200(0), {backend, {}}, &plan).ok());
+      EXPECT_EQ(steps(plan), "device.route sm90.gemm1 sm90.gemm2 device.combine");
+      EXPECT_EQ(plan.backend, "sm90");
+      EXPECT_EQ(plan.machine.device, 0);
+      for (const Step* s : plan.steps) EXPECT_EQ(s->place, Place::device);
+      const Candidate& host = find(plan, "cpu", "gemm1");
+      EXPECT_EQ(host.verdict.reason, Reason::not_asked_for);
+      EXPECT_NE(host.verdict.detail.find("device host would pass"), std::string::npos) << host.verdict.detail;
+    }
+  }
+}
+
+TEST(DevicePlan, APlanForTheHostListsTheDevicesSteps) {
+  Plan plan;
+  ASSERT_TRUE(make(usual(), with_h200(-1), {}, &plan).ok());
+  EXPECT_EQ(plan.backend, "cpu");
+  const Verdict& could = find(plan, "sm90", "gemm1").verdict;
+  EXPECT_EQ(could.reason, Reason::not_asked_for);
+  EXPECT_NE(could.detail.find("device cuda:0 would pass"), std::string::npos) << could.detail;
+
+  Machine bare = with_h200(-1);
+  bare.devices.clear();
+  ASSERT_TRUE(make(usual(), bare, {}, &plan).ok());
+  const Verdict& missing = find(plan, "sm90", "gemm1").verdict;
+  EXPECT_EQ(missing.reason, Reason::device_missing);
+  EXPECT_NE(missing.detail.find("9.0 would pass"), std::string::npos) << missing.detail;
+
+  bare.cuda = false;
+  ASSERT_TRUE(make(usual(), bare, {}, &plan).ok());
+  EXPECT_EQ(find(plan, "device", "route").verdict.reason, Reason::not_built);
+}
+
+TEST(DevicePlan, RefusesWhatTheRoomCannot) {
+  const auto refused = [](Machine m, void (*change)(Problem*), const char* backend = "auto") {
+    Problem p = usual();
+    change(&p);
+    Plan plan;
+    const Status status = make(p, m, {backend, {}}, &plan);
+    return std::string(reason_name(status.reason)) + ": " + status.detail;
+  };
+  const auto nothing = [](Problem*) {};
+  const auto expect = [](const std::string& found, const char* words) {
+    EXPECT_NE(found.find(words), std::string::npos) << found;
+  };
+  expect(refused(with_h200(0), [](Problem* p) { p->encoding = format::Encoding::bf16; }), "nvfp4 would pass");
+  expect(refused(with_h200(0), [](Problem* p) { p->activations = format::Dtype::f16; }), "bf16 would pass");
+  expect(refused(with_h200(0), nothing, "cpu"), "device host it would pass");
+  expect(refused(with_h200(-1), nothing, "sm90"), "device cuda:0 it would pass");
+  expect(refused(with_h200(1), nothing), "device_missing: device cuda:1 was asked for, this machine has 1 GPUs");
+  Machine older = with_h200(0);
+  older.devices[0].major = 8;
+  expect(refused(older, nothing), "has compute capability 8.0; 9.0 would pass");
+  Machine unbuilt = with_h200(0);
+  unbuilt.cuda = false;
+  unbuilt.devices.clear();
+  expect(refused(unbuilt, nothing), "not_built: device cuda:0 was asked for");
+}
+
+// What passes between a GPU's stages are rows of bf16, in w4a4 too; the host passes codes.
+TEST(DevicePlan, TheWorkspaceGrowsWithTheTokens) {
+  Problem p = usual();
+  p.max_tokens = 1024;
+  Plan host, device;
+  ASSERT_TRUE(make(p, with_h200(-1), {"cpu", {}}, &host).ok());
+  ASSERT_TRUE(make(p, with_h200(0), {}, &device).ok());
+  const i64 slots = i64{p.max_tokens} * p.top_k;
+  EXPECT_GE(device.workspace_bytes, slots * (2 * p.hidden + 2 * p.inter + 4 * p.hidden));
+  const i64 w4a16 = device.workspace_bytes;
+  p.precision = Precision::w4a4;
+  ASSERT_TRUE(make(p, with_h200(0), {}, &device).ok());
+  EXPECT_GE(device.workspace_bytes, w4a16 + slots * 4 * p.inter);
+}
+
+TEST(Machine, DevicesHaveNames) {
+  EXPECT_EQ(parse_device("host"), -1);
+  EXPECT_EQ(parse_device("cuda"), 0);
+  EXPECT_EQ(parse_device("cuda:3"), 3);
+  EXPECT_EQ(parse_device("2"), 2);
+  for (const char* word : {"", "gpu", "cuda:", "cuda:-1", "-1", "cuda:1x", "cuda:99999999999", "host:0"}) {
+    EXPECT_THROW(parse_device(word), Error) << word;
+  }
+}
+
 struct Bad {
   const char* name;
   void (*change)(Problem*);

@@ -11,6 +11,7 @@ namespace {
 constexpr int kWarmUp = 3;
 constexpr std::size_t kLeast = 5;
 constexpr std::size_t kMost = 10000;
+constexpr std::size_t kRuns = 16;  // of a graph at least: one launch of a graph costs microseconds
 
 // What is timed again and again between two events.
 class Clock {
@@ -72,10 +73,11 @@ std::vector<f64> time_on_device(std::span<const std::unique_ptr<Layer>> layers, 
   gpu::Buffer workspace;  // one for all: they run one after the other
   const i64 bytes = layers.front()->workspace_bytes();
   throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, bytes, "workspace", &workspace));
+  const std::size_t runs = std::max(layers.size(), kRuns);
   const auto enqueue = [&] {
     Status status;
-    for (std::size_t i = 0; i < layers.size() && status.ok(); ++i) {
-      status = layers[i]->run(mirrors[i % mirrors.size()].call(), {workspace.data(), bytes});
+    for (std::size_t i = 0; i < runs && status.ok(); ++i) {
+      status = layers[i % layers.size()]->run(mirrors[i % mirrors.size()].call(), {workspace.data(), bytes});
     }
     return status;
   };
@@ -87,7 +89,7 @@ std::vector<f64> time_on_device(std::span<const std::unique_ptr<Layer>> layers, 
   for (int turn = 0; samples.size() < kLeast || (spent < budget && samples.size() < kMost); ++turn) {
     const f64 taken = clock.seconds([&] { return graph.launch(clock.stream()); });
     if (turn < kWarmUp) continue;
-    samples.push_back(taken / static_cast<f64>(layers.size()));
+    samples.push_back(taken / static_cast<f64>(runs));
     spent += taken;
   }
   for (const auto& layer : layers) throw_unless_ok(layer->wait(clock.stream()));

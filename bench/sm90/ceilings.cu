@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kGroups * 128, 1) rate(const uint4* random, f3
       const u64 tokens = swizzled_rows(shared_address(stage.tokens));
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) Wgmma<kColumns>::multiply(d[tile % kRows], a[tile % 2][k], tokens + 2 * k);
+      for (int k = 0; k < 4; ++k) Wgmma<kColumns>::multiply(d[tile % kRows], a[tile % 2][k], tokens + 2 * k, true);
       wgmma_commit();
       wgmma_wait<1>();
       load(step + (tile + 1) / kRows, (tile + 1) % kRows, a[(tile + 1) % 2]);

@@ -15,6 +15,9 @@ namespace fourmoe::gemm1 {
 
 template <class T>
 FOURMOE_HD T sigmoid(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(f32)) return __fdividef(1.0f, 1.0f + __expf(-x));  // 4 instructions, 2^-21 apart
+#endif
   return T(1) / (T(1) + std::exp(-x));
 }
 

@@ -1,8 +1,8 @@
 // ring: staged shared memory between a loader and its consumers.
 //
-// Stage s is full when its bytes have arrived and empty when every consuming warp has let go of it. Loader and
-// consumers walk the ring with a cursor each, in the same order, and never meet otherwise. Waits end: a stage that does
-// not change for kWaitCycles is a fault and traps.
+// Stage s is full when every loading warp has announced its bytes and these have arrived, and empty when every
+// consuming warp has let go of it. Loaders and consumers walk the ring with a cursor each, in the same order, and never
+// meet otherwise. Waits end: a stage that does not change for kWaitCycles is a fault and traps.
 #pragma once
 
 #include "gpu/isa/bulk.cuh"
@@ -25,9 +25,9 @@ struct Ring {
   u64 empty[kStages];
 
   // One thread, before the block's first sync.
-  __device__ void init(u32 consuming_warps) {
+  __device__ void init(u32 loading_warps, u32 consuming_warps) {
     for (int s = 0; s < kStages; ++s) {
-      isa::barrier_init(&full[s], 1);
+      isa::barrier_init(&full[s], loading_warps);
       isa::barrier_init(&empty[s], consuming_warps);
     }
     isa::barrier_fence_init();

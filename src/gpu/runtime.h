@@ -36,7 +36,7 @@ class Current {
   const Status& status() const { return status_; }
 
  private:
-  i32 before_ = -1;
+  [[maybe_unused]] i32 before_ = -1;
   Status status_;
 };
 

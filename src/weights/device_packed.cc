@@ -22,10 +22,7 @@ bool same_shape(const Matrix& a, i32 rows, i32 cols) {
 
 i64 row_bytes(i32 cols) { return i64{cols} / 2 + cols / format::kNvfp4Block; }
 
-Rows rows_from(const Matrix& matrix, i32 first) {
-  if (matrix.empty()) return {};
-  return {matrix.row(first), matrix.scale_row(first), matrix.data_stride, matrix.scales_stride};
-}
+Rows rows_from(const Matrix& matrix) { return {matrix.data, matrix.scales, matrix.data_stride, matrix.scales_stride}; }
 
 bool on_device(const Matrix& matrix, i32 device) {
   if (matrix.empty()) return true;
@@ -46,7 +43,7 @@ i64 blob_bytes(const Packing& packing, i32 rows, i32 cols, bool gated) {
 // Brings rows from host memory to the device through two pieces of page-locked memory, in turn.
 class DevicePacked::Upload {
  public:
-  Upload(i64 bytes, Executor& executor) : executor_(executor) {
+  Upload(i64 bytes, Executor& executor) : executor_(executor), bytes_(bytes) {
     throw_unless_ok(gpu::OwnStream::make(&stream_));
     for (Slot& slot : slots_) {
       throw_unless_ok(gpu::Buffer::make(gpu::Kind::pinned, bytes, "staging for weights", &slot.host));
@@ -56,6 +53,7 @@ class DevicePacked::Upload {
   }
 
   gpu::Stream stream() const { return stream_.get(); }
+  i64 bytes() const { return bytes_; }  // of a slot
 
   // The next slot, once its last piece is packed.
   void begin() {
@@ -65,7 +63,7 @@ class DevicePacked::Upload {
   }
 
   // Rows [first, first + count) of a matrix, close together; empty for an empty matrix.
-  Rows add(const Matrix& matrix, i32 first, i32 count) {
+  Rows add(const Matrix& matrix, i64 first, i32 count) {
     if (matrix.empty()) return {};
     const i64 codes_bytes = matrix.cols / 2;
     const i64 scales_bytes = matrix.cols / format::kNvfp4Block;
@@ -95,6 +93,7 @@ class DevicePacked::Upload {
     gpu::Event done;
   };
   Executor& executor_;
+  i64 bytes_;
   gpu::OwnStream stream_;
   Slot slots_[2];
   int turn_ = 0;
@@ -122,11 +121,18 @@ DevicePacked::DevicePacked(const Problem& problem, std::span<const Expert> exper
   refit(experts, executor);
 }
 
+std::byte* DevicePacked::gemm1_blob(i64 expert) const {
+  return blobs_.data() + expert * blob_bytes(packing_, inter_, hidden_, gated_);
+}
+
+std::byte* DevicePacked::gemm2_blob(i64 expert) const {
+  return gemm1_blob(experts_) + expert * blob_bytes(packing_, hidden_, inter_, false);
+}
+
 // Takes the memory and fixes every address.
 void DevicePacked::lay_out() {
-  const i64 gemm1 = blob_bytes(packing_, inter_, hidden_, gated_);
-  const i64 gemm2 = blob_bytes(packing_, hidden_, inter_, false);
-  throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, experts_ * (gemm1 + gemm2), "packed weights", &blobs_));
+  const i64 expert = blob_bytes(packing_, inter_, hidden_, gated_) + blob_bytes(packing_, hidden_, inter_, false);
+  throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, experts_ * expert, "packed weights", &blobs_));
   const auto carve = [&](std::byte* base) {
     Carver carver(base);
     table_.gemm1 = carver.take<const std::byte*>(experts_);
@@ -153,14 +159,12 @@ void DevicePacked::write_numbers(std::span<const Expert> experts) {
     return reinterpret_cast<std::remove_const_t<T>*>(numbers_host_.data() +
                                                      (reinterpret_cast<const std::byte*>(at) - numbers_.data()));
   };
-  const i64 gemm1 = blob_bytes(packing_, inter_, hidden_, gated_);
-  const i64 gemm2 = blob_bytes(packing_, hidden_, inter_, false);
   for (i64 e = 0; e < experts_; ++e) {
     const Expert& expert = experts[e];
     const f32 input = quantised_ ? expert.input_scale : 1.0f;
     const f32 inter = quantised_ ? expert.inter_scale : 1.0f;
-    host(table_.gemm1)[e] = blobs_.data() + e * gemm1;
-    host(table_.gemm2)[e] = blobs_.data() + experts_ * gemm1 + e * gemm2;
+    host(table_.gemm1)[e] = gemm1_blob(e);
+    host(table_.gemm2)[e] = gemm2_blob(e);
     host(table_.gemm1_globals)[2 * e] = expert.gate.global * input;
     host(table_.gemm1_globals)[2 * e + 1] = expert.up.global * input;
     host(table_.gemm2_globals)[e] = expert.down.global * inter;
@@ -191,39 +195,37 @@ void DevicePacked::refit(std::span<const Expert> experts, Executor& executor) {
   pack(experts, executor);
 }
 
-void DevicePacked::pack(std::span<const Expert> experts, Executor& executor) {
-  const i32 band1 = packing_.band_rows(gated_);
-  const i32 band2 = packing_.band_rows(false);
-  const i64 least = std::max((gated_ ? 2 : 1) * band1 * row_bytes(hidden_), band2 * row_bytes(inter_));
-  Upload upload(std::max(kStagingBytes, least), executor);
-  const i64 most = std::max(kStagingBytes, least);
+// One projection: whole where the device can read it, else as many bands at a time as the staging holds.
+void DevicePacked::pack(const Matrix& gate, const Matrix& up, std::byte* blob, Upload* upload) const {
+  if (on_device(gate, device_) && on_device(up, device_)) {
+    const Piece whole = {rows_from(gate), rows_from(up), up.rows, up.cols, blob};
+    return throw_unless_ok(packing_.pack(whole, upload->stream()));
+  }
+  const i32 band = packing_.band_rows(!gate.empty());
+  const i64 band_source = (gate.empty() ? 1 : 2) * band * row_bytes(up.cols);
+  const i64 step = std::min<i64>(upload->bytes() / band_source, (up.rows + band - 1) / band) * band;
+  for (i64 first = 0; first < up.rows; first += step) {
+    Piece piece;
+    piece.rows = static_cast<i32>(std::min<i64>(step, up.rows - first));
+    piece.cols = up.cols;
+    piece.out = blob + first / band * packing_.band_bytes(up.cols);
+    upload->begin();
+    piece.gate = upload->add(gate, first, piece.rows);
+    piece.up = upload->add(up, first, piece.rows);
+    upload->send();
+    throw_unless_ok(packing_.pack(piece, upload->stream()));
+    upload->end();
+  }
+}
 
-  // A projection: whole where the device can read it, else a few bands at a time.
-  const auto pack_one = [&](const Matrix& gate, const Matrix& up, std::byte* blob) {
-    if (on_device(gate, device_) && on_device(up, device_)) {
-      const Piece piece = {rows_from(gate, 0), rows_from(up, 0), up.rows, up.cols, blob};
-      return throw_unless_ok(packing_.pack(piece, upload.stream()));
-    }
-    const i32 band = packing_.band_rows(!gate.empty());
-    const i64 bytes = (gate.empty() ? 1 : 2) * band * row_bytes(up.cols);
-    const i32 step = static_cast<i32>(std::min<i64>(most / bytes * band, (up.rows + band - 1) / band * band));
-    for (i32 first = 0; first < up.rows; first += step) {
-      const i32 count = std::min(step, up.rows - first);
-      upload.begin();
-      Piece piece = {
-          upload.add(gate, first, count), {}, count, up.cols, blob + first / band * packing_.band_bytes(up.cols)};
-      piece.up = upload.add(up, first, count);
-      upload.send();
-      throw_unless_ok(packing_.pack(piece, upload.stream()));
-      upload.end();
-    }
-  };
+void DevicePacked::pack(std::span<const Expert> experts, Executor& executor) {
+  const i64 gemm1_band = (gated_ ? 2 : 1) * packing_.band_rows(gated_) * row_bytes(hidden_);
+  const i64 gemm2_band = packing_.band_rows(false) * row_bytes(inter_);
+  Upload upload(std::max({kStagingBytes, gemm1_band, gemm2_band}), executor);
   throw_unless_ok(gpu::copy(numbers_.data(), numbers_host_.data(), numbers_.bytes(), upload.stream(), "scales"));
-  const i64 gemm1 = blob_bytes(packing_, inter_, hidden_, gated_);
-  const i64 gemm2 = blob_bytes(packing_, hidden_, inter_, false);
   for (i64 e = 0; e < experts_; ++e) {
-    pack_one(experts[e].gate, experts[e].up, blobs_.data() + e * gemm1);
-    pack_one({}, experts[e].down, blobs_.data() + experts_ * gemm1 + e * gemm2);
+    pack(experts[e].gate, experts[e].up, gemm1_blob(e), &upload);
+    pack({}, experts[e].down, gemm2_blob(e), &upload);
   }
   throw_unless_ok(gpu::synchronise(upload.stream()));
 }

@@ -62,6 +62,9 @@ class DevicePacked {
   class Upload;
   void lay_out();
   void write_numbers(std::span<const Expert> experts);
+  std::byte* gemm1_blob(i64 expert) const;
+  std::byte* gemm2_blob(i64 expert) const;
+  void pack(const format::Matrix& gate, const format::Matrix& up, std::byte* blob, Upload* upload) const;
   void pack(std::span<const Expert> experts, Executor& executor);
 
   const Packing& packing_;

@@ -2,7 +2,9 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <thread>
 
 #include "case.h"
 #include "gpu/hopper.h"
@@ -290,6 +292,40 @@ TEST_P(EveryPrecision, AGraphReplaysWithAnyRouting) {
   }
 }
 
+// Calls without a workspace share the layer's own: streams of several threads must not overlap in it.
+TEST_P(EveryPrecision, ThreadsWithStreamsOfTheirOwnTakeTurns) {
+  FOURMOE_NEEDS_HOPPER();
+  Layer l = layer(usual(100));
+  std::vector<std::thread> threads;
+  std::atomic<int> wrong{0};
+  for (u64 seed = 1; seed <= 4; ++seed) {
+    threads.emplace_back([&, seed] {
+      Spec s = usual(100);
+      s.seed = seed;
+      const cases::Call call(s);
+      std::vector<u8> output;
+      cases::Mirror mirror(l, call.view(&output, Dtype::f32));
+      gpu::OwnStream stream;
+      throw_unless_ok(gpu::OwnStream::make(&stream));
+      mirror.call().stream = stream.get();
+      std::vector<u8> first;
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        for (int burst = 0; burst < 5; ++burst) throw_unless_ok(l.run(mirror.call()));
+        throw_unless_ok(l.wait(stream.get()));
+        mirror.fetch();
+        if (first.empty()) first = output;
+        wrong += output != first;
+      }
+      Layer fresh = layer(usual(100));  // the same weights, for this thread alone
+      std::vector<u8> expected;
+      throw_unless_ok(cases::run_mirrored(&fresh, call.view(&expected, Dtype::f32)));
+      wrong += expected != first;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
 INSTANTIATE_TEST_SUITE_P(Device, EveryPrecision, testing::Values(Precision::w4a16, Precision::w4a4),
                          [](const auto& at) { return std::string(precision_name(at.param)); });
 
@@ -404,6 +440,31 @@ TEST(DeviceLayer, DeviceAndBackendMustAgree) {
   EXPECT_NE(make(-1, "sm90", format::Encoding::nvfp4).find("device cuda:0"), std::string::npos);
   EXPECT_NE(make(99, "auto", format::Encoding::nvfp4).find("device_missing"), std::string::npos);
   EXPECT_NE(make(0, "auto", format::Encoding::mxfp4).find("weights are mxfp4; nvfp4 would pass"), std::string::npos);
+}
+
+TEST(DeviceLayer, DenseSharedExpertsAndRoutersOf8BitsAreRefused) {
+  FOURMOE_NEEDS_HOPPER();
+  const auto make = [](const checkpoint::Layer& layer) {
+    try {
+      Layer(layer, options(Precision::w4a16));
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const Spec s = spec(64, 48, 4, 2, 3);
+  checkpoint::Layer layer = cases::random_layer(s.problem, 1, false);
+  Problem dense = cases::problem(64, 32, 1, 1);
+  dense.encoding = format::Encoding::bf16;
+  checkpoint::Layer extra = cases::random_layer(dense, 2, false);
+  layer.shared = checkpoint::Layer::Shared{dense, extra.experts[0], {}};
+  EXPECT_NE(make(layer).find("shared experts: "), std::string::npos) << make(layer);
+  EXPECT_NE(make(layer).find("weights are bf16; nvfp4 would pass"), std::string::npos) << make(layer);
+  layer.shared.reset();
+  EXPECT_EQ(make(layer), "");
+  layer.router = extra.experts[0].up;
+  layer.router.encoding = format::Encoding::fp8;
+  EXPECT_NE(make(layer).find("router is fp8; on a GPU bf16, f16 or f32 would pass"), std::string::npos) << make(layer);
 }
 
 }  // namespace

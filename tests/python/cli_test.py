@@ -88,7 +88,7 @@ class Usage(Case):
         self.refuses(2, "path is required; see fourmoe run --help", "run")
         self.refuses(2, "--layer: 'x' is not a number", "run", "a", "--layer", "x")
         self.refuses(2, "--threads: '-1' is not a number from 0", "verify", "a", "--threads", "-1")
-        self.refuses(2, "gpu not in {auto,cpu,reference}", "verify", "a", "--backend", "gpu")
+        self.refuses(2, "gpu not in {auto,sm90,cpu,reference}", "verify", "a", "--backend", "gpu")
         self.refuses(2, "w8a8 not in", "explain", "a", "--precision", "w8a8")
         self.refuses(2, "--tokens: '0' is not a number", "bench", "--shape", "tiny", "--tokens", "1,0")
         self.refuses(2, "either PATH or --shape", "explain")
@@ -390,6 +390,20 @@ class Explain(Case):
         self.assertGreater(self.object_of("explain", "--shape", "dsv3")["workspace_bytes"], plan["workspace_bytes"])
         self.assertEqual(self.object_of("explain", "--shape", "64,32,4,2", "--backend", "reference")["plan"],
                          ["reference.whole"])
+
+    def test_a_device_that_is_not_there(self):
+        plan = self.object_of("explain", "--shape", "dsv3")
+        steps = {step["step"]: step["reason"] for step in plan["steps"]}
+        if plan["machine"]["devices"]:
+            self.assertEqual(steps["sm90.gemm1"], "not_asked_for")
+            return
+        missing = "device_missing" if plan["machine"]["cuda"] else "not_built"
+        self.assertEqual(steps["sm90.gemm1"], missing)
+        self.refuses(1, missing, "explain", "--shape", "dsv3", "--device", "cuda:0")
+        self.refuses(1, missing, "explain", "--shape", "dsv3", "--backend", "sm90")
+        self.refuses(1, missing, "bench", "--shape", "tiny", "--tokens", 1, "--backend", "sm90")
+        self.refuses(1, "argument_invalid", "explain", "--shape", "dsv3", "--backend", "sm90", "--device", "host")
+        self.refuses(2, "neither host nor cuda:0", "explain", "--shape", "dsv3", "--device", "gpu")
 
     def test_a_refusal_says_what_would_pass_and_fails(self):
         done = self.refuses(1, "112 would pass", "explain", "--shape", "100,32,4,2", "--json")

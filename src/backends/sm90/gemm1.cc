@@ -15,6 +15,8 @@ struct Scratch {
   u8* scales = nullptr;  // [slots, inter/16]
 };
 
+// Functions that only a build with CUDA uses are marked; all builds compile them.
+
 i64 carve(const Problem& problem, std::byte* memory, Scratch* scratch) {
   if (problem.precision != Precision::w4a4) return 0;
   const i64 values = i64{problem.max_tokens} * problem.top_k * problem.inter;
@@ -30,7 +32,7 @@ i64 bytes(const Problem& problem, const Machine&) {
   return carve(problem, nullptr, &unused);
 }
 
-Gemm1 bind(const Args& args, const Scratch& scratch) {
+[[maybe_unused]] Gemm1 bind(const Args& args, const Scratch& scratch) {
   const Problem& problem = *args.problem;
   const weights::DeviceTable& table = *args.weights.device;
   Gemm1 call;
@@ -45,13 +47,13 @@ Gemm1 bind(const Args& args, const Scratch& scratch) {
   call.experts = problem.local_experts;
   call.hidden = problem.hidden;
   call.inter = problem.inter;
-  call.max_slots = problem.max_tokens * problem.top_k;
-  call.expected_slots = args.tokens * problem.top_k;
+  call.max_slots = i64{problem.max_tokens} * problem.top_k;
+  call.expected_slots = i64{args.tokens} * problem.top_k;
   call.activation = problem.activation;
   return call;
 }
 
-Status quantise(const Args& args, const Scratch& scratch) {
+[[maybe_unused]] Status quantise(const Args& args, const Scratch& scratch) {
   route::DeviceRows rows;
   rows.problem = *args.problem;
   rows.tokens = args.tokens;
@@ -71,7 +73,7 @@ Status run(const Bound& bound) {
     const Args& args = *bound.args;
     Scratch scratch;
     carve(*args.problem, bound.scratch, &scratch);
-    Status status = launch(bind(args, scratch), *device_of(*args.machine), args.stream);
+    Status status = launch(bind(args, scratch), device_of(*args.machine)->sms, args.stream);
     return status.ok() && scratch.wide != nullptr ? quantise(args, scratch) : status;
   }
 }

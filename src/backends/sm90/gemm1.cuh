@@ -1,4 +1,4 @@
-// gemm1 on Hopper: the epilogue that activates, and the gather that tiles tokens for it. Contract in gemm1/gemm1.h.
+// gemm1 on Hopper: the epilogue that activates. Contract in gemm1/gemm1.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,82 +8,91 @@
 
 namespace fourmoe::sm90 {
 
-// Sums to gemm2's tokens, tiled. Where inter does not fill K steps, the last row tile writes the zeros that follow.
+// Sums to gemm2's tokens. A thread holds rows g and g + 8 of its warp's sixteen: a gate and its up, or two ups.
 struct Activate {
-  const f32* scales;     // [experts, 2] global scale of gate and of up, times 2^-kProductExponent
+  const f32* globals;    // [experts, 2] of gate and of up
   const f32* gate_bias;  // [experts, inter]; null for none
   const f32* up_bias;    // [experts, inter]; null for none
   Activation activation;
-  u8* y;  // tiled bf16 rows of inter columns; overwritten where slots are in use
-  i64 step_bytes;
+  u16* y;       // [slots, inter] bf16; null: y_wide
+  f32* y_wide;  // [slots, inter]
   i32 inter;
-  i32 row_tiles;
 
   template <int kSlots>
-  __device__ void store(int expert, int row_tile, int slot, int slots, const f32 (&d)[kSlots / 2]) const {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x % 128 / 32;
+  __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
     const int features = activation.gated() ? 8 : 16;  // of a warp's sixteen rows
-    const int first = row_tile * 4 * features + warp * features + lane / 4;
-#pragma unroll
-    for (int i = 0; i < kSlots / 2; i += 4) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int column = i / 4 * 8 + lane % 4 * 2 + j;
-        if (column >= slots) continue;
-        if (activation.gated()) {
-          write(expert, slot + column, first, d[i + j], d[i + 2 + j]);
-        } else {
-          write(expert, slot + column, first, 0.0f, d[i + j]);
-          write(expert, slot + column, first + 8, 0.0f, d[i + 2 + j]);
-        }
-      }
-    }
-    if (row_tile == row_tiles - 1) write_zeros(slot, slots, row_tiles * 4 * features);
+    const int feature = (place.row_tile * 4 + threadIdx.x % 128 / 32) * features;
+    if (feature >= inter) return;
+    if (activation.gated()) gated<kSlots>(place, feature, d);
+    else ungated<kSlots>(place, feature, d);
   }
 
  private:
-  __device__ void write(int expert, int slot, int feature, f32 gate, f32 up) const {
-    f32 value = 0.0f;
-    if (feature < inter) {
-      const i64 bias = i64{expert} * inter + feature;
-      gate = gate * scales[2 * expert] + (gate_bias != nullptr ? gate_bias[bias] : 0.0f);
-      up = up * scales[2 * expert + 1] + (up_bias != nullptr ? up_bias[bias] : 0.0f);
-      value = gemm1::activate(activation, gate, up);
+  static __device__ f32 bias_of(const f32* bias, i64 index) { return bias == nullptr ? 0.0f : bias[index]; }
+
+  // Kinds stand outside the loop over slots: inside it, unrolled, they would be a hundred kilobytes of code.
+  template <int kSlots>
+  __device__ void gated(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
+    const i64 index = i64{place.expert} * inter + feature + threadIdx.x % 32 / 4;
+    const f32 gate_scale = ldexpf(globals[2 * place.expert], -kProductExponent), gate_shift = bias_of(gate_bias, index);
+    const f32 up_scale = ldexpf(globals[2 * place.expert + 1], -kProductExponent), up_shift = bias_of(up_bias, index);
+    const auto each = [&](auto kind) {
+      Activation fixed = activation;
+      fixed.kind = decltype(kind)::value;
+      write<kSlots>(place, feature, [&](int i) {
+        return gemm1::activate(fixed, d[i] * gate_scale + gate_shift, d[i + 2] * up_scale + up_shift);
+      });
+    };
+    using enum ActivationKind;
+    switch (activation.kind) {
+      case swiglu: return each(std::integral_constant<ActivationKind, swiglu>{});
+      case swiglu_clamped: return each(std::integral_constant<ActivationKind, swiglu_clamped>{});
+      case geglu_erf: return each(std::integral_constant<ActivationKind, geglu_erf>{});
+      case geglu_tanh: return each(std::integral_constant<ActivationKind, geglu_tanh>{});
+      case relu2: return;
     }
-    if (feature >= k_steps(inter) * kTileColumns) return;
-    u8* chunk = chunk_address(y, step_bytes, slot, feature / 8);
-    reinterpret_cast<__nv_bfloat16*>(chunk)[feature % 8] = __float2bfloat16_rn(value);
   }
 
-  __device__ void write_zeros(int slot, int slots, int from) const {
-    const int chunks = k_steps(inter) * 8 - from / 8;
-    for (int i = threadIdx.x % 128; i < slots * chunks; i += 128) {
-      *reinterpret_cast<uint4*>(chunk_address(y, step_bytes, slot + i / chunks, from / 8 + i % chunks)) = uint4{};
+  template <int kSlots>
+  __device__ void ungated(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
+    const f32 scale = ldexpf(globals[2 * place.expert + 1], -kProductExponent);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const i64 index = i64{place.expert} * inter + feature + 8 * half + threadIdx.x % 32 / 4;
+      const f32 shift = bias_of(up_bias, index);
+      write<kSlots>(place, feature + 8 * half, [&](int i) {
+        return gemm1::activate(Activation{ActivationKind::relu2}, 0.0f, d[i + 2 * half] * scale + shift);
+      });
+    }
+  }
+
+  // A warp's 8 features of all slots: value(4j + c) is feature g of slot 8j + 2t + c.
+  template <int kSlots, class Value>
+  __device__ void write(const Place& place, int feature, const Value& value) const {
+    if (y == nullptr) return write_wide<kSlots>(place, feature, value);
+    const int lane = threadIdx.x % 32;
+    u16* row = y + i64{place.slot + lane / 4} * inter + feature + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kSlots / 8; ++j) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(value(4 * j), value(4 * j + 1));
+      const u32 turned = gpu::isa::transpose(*reinterpret_cast<const u32*>(&pair));  // slot 8j + g, features 2t, 2t + 1
+      if (8 * j + lane / 4 < place.slots) *reinterpret_cast<u32*>(row) = turned;
+      row = gpu::isa::advance(row, i64{8} * inter * sizeof(u16));
+    }
+  }
+
+  template <int kSlots, class Value>
+  __device__ void write_wide(const Place& place, int feature, const Value& value) const {
+    const int lane = threadIdx.x % 32;
+    const int first = lane % 4 * 2;
+    f32* row = y_wide + i64{place.slot + first} * inter + feature + lane / 4;
+#pragma unroll
+    for (int j = 0; j < kSlots / 8; ++j) {
+      if (first + 8 * j < place.slots) row[0] = value(4 * j);
+      if (first + 8 * j + 1 < place.slots) row[inter] = value(4 * j + 1);
+      row = gpu::isa::advance(row, i64{8} * inter * sizeof(f32));
     }
   }
 };
-
-// Tokens of slots in use to tiled rows, a warp a slot. hidden: [tokens, stride] bf16, rows aligned to 16 bytes.
-struct Gather {
-  const u8* hidden;
-  i64 stride_bytes;
-  const i32* slot_token;  // [slots] token of each slot, -1 for padding
-  i32 slots;
-  i32 columns;  // hidden size
-  u8* tokens;   // tiled
-  i64 step_bytes;
-};
-
-static __global__ void gather(const __grid_constant__ Gather args) {
-  const int slot = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  if (slot >= args.slots || args.slot_token[slot] < 0) return;
-  const u8* row = args.hidden + args.slot_token[slot] * args.stride_bytes;
-  for (int chunk = threadIdx.x % 32; chunk < k_steps(args.columns) * 8; chunk += 32) {
-    uint4 value{};
-    if (chunk * 8 < args.columns) value = reinterpret_cast<const uint4*>(row)[chunk];
-    *reinterpret_cast<uint4*>(chunk_address(args.tokens, args.step_bytes, slot, chunk)) = value;
-  }
-}
 
 }  // namespace fourmoe::sm90

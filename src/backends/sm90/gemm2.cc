@@ -23,9 +23,10 @@ Status run(const Bound& bound) {
     call.experts = problem.local_experts;
     call.hidden = problem.hidden;
     call.inter = problem.inter;
-    call.max_slots = problem.max_tokens * problem.top_k;
-    call.expected_slots = args.tokens * problem.top_k;
-    return launch(call, *device_of(*args.machine), args.stream);
+    call.max_slots = i64{problem.max_tokens} * problem.top_k;
+    call.expected_slots = i64{args.tokens} * problem.top_k;
+    call.follows_gemm1 = true;  // or, in w4a4, what quantises its result and reads the same expert_begin
+    return launch(call, device_of(*args.machine)->sms, args.stream);
   }
 }
 

@@ -6,22 +6,29 @@
 namespace fourmoe::sm90 {
 
 struct Project {
-  const f32* scales;  // [experts] global scale of down, times 2^-kProductExponent
-  const f32* bias;    // [experts, hidden]; null for none
-  f32* z;             // [slots, hidden]; overwritten where slots are in use
+  const f32* globals;  // [experts] of down
+  const f32* bias;     // [experts, hidden]; null for none
+  f32* z;              // [slots, hidden]; overwritten where slots are in use
   i32 hidden;
 
   template <int kSlots>
-  __device__ void store(int expert, int row_tile, int slot, int slots, const f32 (&d)[kSlots / 2]) const {
+  __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
     const int lane = threadIdx.x % 32;
-    const int first = row_tile * kTileRows + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const int row = place.row_tile * kTileRows + threadIdx.x % 128 / 32 * 16;  // hidden ends at a multiple of 16
+    if (row >= hidden) return;
+    const f32 scale = ldexpf(globals[place.expert], -kProductExponent);
+    const i64 index = i64{place.expert} * hidden + row + lane / 4;
+    const f32 shifts[2] = {bias == nullptr ? 0.0f : bias[index], bias == nullptr ? 0.0f : bias[index + 8]};
+    const int first = lane % 4 * 2;
+    f32* out = z + i64{place.slot + first} * hidden + row + lane / 4;
 #pragma unroll
-    for (int i = 0; i < kSlots / 2; ++i) {
-      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const int row = first + i % 4 / 2 * 8;
-      if (column >= slots || row >= hidden) continue;
-      const f32 shift = bias != nullptr ? bias[i64{expert} * hidden + row] : 0.0f;
-      z[i64{slot + column} * hidden + row] = d[i] * scales[expert] + shift;
+    for (int j = 0; j < kSlots / 8; ++j) {
+      for (int c = 0; c < 2; ++c) {
+        if (first + 8 * j + c >= place.slots) continue;
+        out[c * hidden] = d[4 * j + c] * scale + shifts[0];
+        out[c * hidden + 8] = d[4 * j + 2 + c] * scale + shifts[1];
+      }
+      out = gpu::isa::advance(out, i64{8} * hidden * sizeof(f32));
     }
   }
 };

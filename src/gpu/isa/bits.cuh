@@ -1,4 +1,5 @@
-// bits: logic of three operands and wide reads of shared memory, where the compiler would take more instructions.
+// bits: logic of three operands, wide reads of shared memory and transposes, where the compiler would take more
+// instructions.
 #pragma once
 
 #include "format/number.h"
@@ -29,6 +30,23 @@ __device__ __forceinline__ uint2 load_shared_8(u32 address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
   return v;
+}
+
+// base + bytes in global memory, computed here and not before: in an unrolled loop the compiler would hold all
+// addresses at once.
+template <class T>
+__device__ __forceinline__ T* advance(T* base, i64 bytes) {
+  asm volatile("add.s64 %0, %0, %1;" : "+l"(base) : "l"(bytes));
+  __builtin_assume(__isGlobal(base));
+  return base;
+}
+
+// An 8x8 matrix of 16-bit values held by a warp (lane 4g + t: row g, columns 2t and 2t + 1) to its transpose, held
+// alike.
+__device__ __forceinline__ u32 transpose(u32 pair) {
+  u32 out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+  return out;
 }
 
 }  // namespace fourmoe::gpu::isa

@@ -1,4 +1,4 @@
-// bulk: the copy engine's 1-D copies into shared memory, and the barriers on which they complete.
+// bulk: the copy engine's copies into shared memory, and the barriers on which they complete.
 //
 // A barrier (mbarrier) holds a phase bit, counts arrivals and bytes still to come, and flips its phase when both reach
 // zero (PTX ISA, "mbarrier" and "cp.async.bulk"). Addresses of shared memory are 32-bit.
@@ -53,6 +53,29 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, u32 
                    shared_address(shared)),
                "l"(global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+}
+
+// Copies a box of a 2-D tensor map, columns from `column` and rows from `row`, to shared memory; what lies outside the
+// tensor arrives as zeros. Completes on the barrier. With more than one bit in `blocks` the box goes to the same place
+// in each of these blocks of the cluster and completes on each one's barrier.
+__device__ __forceinline__ void box_load(void* shared, const void* map, int column, int row, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void box_load(void* shared, const void* map, int column, int row, u64* barrier, u16 blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Orders this thread's ordinary writes to shared memory before later reads by the copy engine and the tensor cores.

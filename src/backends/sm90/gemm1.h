@@ -1,0 +1,32 @@
+// gemm1 on Hopper, as the host sees it. Contract in gemm1/gemm1.h.
+#pragma once
+
+#include <cstddef>
+
+#include "flow.h"
+
+namespace fourmoe::sm90 {
+
+// All pointers: device memory.
+struct Gemm1 {
+  const std::byte* const* blobs = nullptr;  // [experts] gate and up of each expert, packed (tiles.h)
+  const f32* globals = nullptr;             // [experts, 2] global scale of gate and of up; up's alone counts ungated
+  const f32* gate_bias = nullptr;           // [experts, inter]; null for none
+  const f32* up_bias = nullptr;             // [experts, inter]; null for none
+  const i32* expert_begin = nullptr;        // [experts + 1] first slot of each expert; last = slots in use
+  const u16* rows = nullptr;                // [max_slots, hidden] bf16, sorted by expert; aligned to 16 bytes
+  u16* y = nullptr;                         // [max_slots, inter] bf16, overwritten in rows in use; null for y_wide
+  f32* y_wide = nullptr;                    // [max_slots, inter] the same before rounding; null for y
+  i32 experts = 0;
+  i32 hidden = 0;
+  i32 inter = 0;
+  i64 max_slots = 0;
+  i64 expected_slots = 0;  // of this call: chooses the tile, whatever it is the result is right
+  Activation activation;
+  i32 tile = -1;  // of kTileShapes; -1: chosen
+};
+
+// Enqueues; does not wait. multiprocessors: of the device.
+Status launch(const Gemm1& call, i32 multiprocessors, void* stream);
+
+}  // namespace fourmoe::sm90

@@ -1,0 +1,21 @@
+// launch: a kernel that starts before the one it follows has ended (programmatic dependent launch), and the barriers of
+// some of a block's warps.
+#pragma once
+
+#include "format/number.h"
+
+namespace fourmoe::gpu::isa {
+
+// Until the launches before this one have ended and their writes are visible; at once when there is nothing to wait
+// for.
+__device__ __forceinline__ void wait_for_earlier() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// From here on the launch after this one may start its blocks where there is room.
+__device__ __forceinline__ void release_later() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Meets `threads` threads (whole warps) of the block at barrier `id` (1..15; 0 is __syncthreads).
+__device__ __forceinline__ void sync_some(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace fourmoe::gpu::isa

@@ -1,0 +1,191 @@
+// The two GEMMs of the Hopper room against sums in double: every tile shape, every activation, odd sizes, biases.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <set>
+
+#include "backends/sm90/gemm1.h"
+#include "backends/sm90/gemm2.h"
+#include "backends/sm90/tiles.h"
+#include "gemm1/activation.h"
+#include "memory.h"
+
+namespace fourmoe::sm90 {
+namespace {
+
+using testing::DeviceVector;
+
+struct Size {
+  int hidden, inter, experts;
+  bool gated;
+};
+
+// A matrix with its own memory.
+struct Weights {
+  std::vector<u8> codes, scales;
+  format::Matrix matrix;
+};
+
+Weights random_weights(int rows, int cols, std::mt19937_64& random) {
+  Weights w;
+  w.codes.resize(i64{rows} * cols / 2);
+  w.scales.resize(i64{rows} * cols / 16);
+  for (u8& c : w.codes) c = static_cast<u8>(random());
+  for (u8& s : w.scales) s = random() % 64 == 0 ? u8{0} : static_cast<u8>(0x20 + random() % 0x28);  // some are zero
+  w.matrix = {w.codes.data(), w.scales.data(), cols / 2, cols / 16, rows, cols, format::Encoding::nvfp4, 1.0f};
+  return w;
+}
+
+std::vector<f32> random_floats(i64 count, f32 deviation, std::mt19937_64& random) {
+  std::normal_distribution<f32> normal(0.0f, deviation);
+  std::vector<f32> values(count);
+  for (f32& v : values) v = normal(random);
+  return values;
+}
+
+// A layer's weights on both sides.
+class Layer {
+ public:
+  Layer(const Size& size, std::mt19937_64& random) : size(size) {
+    const int rows1 = size.gated ? 2 * size.inter : size.inter;
+    std::vector<const std::byte*> first, second;
+    for (int e = 0; e < size.experts; ++e) {
+      gate.push_back(random_weights(size.inter, size.hidden, random));
+      up.push_back(random_weights(size.inter, size.hidden, random));
+      down.push_back(random_weights(size.hidden, size.inter, random));
+      std::vector<u8> one(blob_bytes(rows1, size.hidden)), two(blob_bytes(size.hidden, size.inter));
+      pack(size.gated ? &gate[e].matrix : nullptr, up[e].matrix, one.data());
+      pack(nullptr, down[e].matrix, two.data());
+      blobs.emplace_back(one);
+      first.push_back(reinterpret_cast<const std::byte*>(blobs.back().data()));
+      blobs.emplace_back(two);
+      second.push_back(reinterpret_cast<const std::byte*>(blobs.back().data()));
+      globals1.insert(globals1.end(), {0.004f + 0.0001f * e, 0.003f});
+      globals2.push_back(0.005f + 0.0001f * e);
+    }
+    gate_bias = random_floats(i64{size.experts} * size.inter, 0.5f, random);
+    up_bias = random_floats(i64{size.experts} * size.inter, 0.5f, random);
+    down_bias = random_floats(i64{size.experts} * size.hidden, 0.5f, random);
+    table1 = DeviceVector<const std::byte*>(first);
+    table2 = DeviceVector<const std::byte*>(second);
+  }
+
+  Size size;
+  std::vector<Weights> gate, up, down;
+  std::vector<f32> globals1, globals2, gate_bias, up_bias, down_bias;
+  std::vector<DeviceVector<u8>> blobs;
+  DeviceVector<const std::byte*> table1, table2;
+};
+
+f64 dot(const format::Matrix& m, int row, const u16* x) {
+  f64 sum = 0;
+  for (int k = 0; k < m.cols; ++k) sum += format::weight_at(m, row, k) * format::from_bf16(x[k]);
+  return sum;
+}
+
+struct Error {
+  f64 difference = 0, norm = 0;
+  void add(f64 found, f64 wanted) {
+    difference += (found - wanted) * (found - wanted);
+    norm += wanted * wanted;
+  }
+  f64 relative() const { return std::sqrt(difference / std::max(norm, 1e-300)); }
+};
+
+// Slots of each expert; one has none.
+std::vector<i32> random_begins(int experts, int mean, std::mt19937_64& random) {
+  std::vector<i32> begin(1, 0);
+  for (int e = 0; e < experts; ++e)
+    begin.push_back(begin.back() + (e == 1 ? 0 : 1 + static_cast<int>(random() % (2 * mean))));
+  return begin;
+}
+
+class Gemms : public ::testing::TestWithParam<int> {};
+
+void check(const Size& size, int tile, bool biases, ActivationKind kind) {
+  SCOPED_TRACE(::testing::Message() << "H " << size.hidden << " I " << size.inter << " E " << size.experts
+                                    << " activation " << activation_name(kind) << " biases " << biases);
+  std::mt19937_64 random(size.hidden + tile);
+  const Layer layer(size, random);
+  const std::vector<i32> begin = random_begins(size.experts, kTileShapes[tile].sizes[0] * 3 / 4 + 1, random);
+  const i64 slots = begin.back(), max_slots = slots + 40;
+  std::vector<u16> x(max_slots * size.hidden, 0xffff);
+  for (i64 i = 0; i < slots * size.hidden; ++i) x[i] = format::to_bf16(random_floats(1, 1.0f, random)[0]);
+
+  const DeviceVector<u16> rows(x);
+  const DeviceVector<i32> begins(begin);
+  const DeviceVector<f32> globals1(layer.globals1), globals2(layer.globals2), gate_bias(layer.gate_bias),
+      up_bias(layer.up_bias), down_bias(layer.down_bias);
+  const DeviceVector<u16> y(max_slots * size.inter);
+  const DeviceVector<f32> wide(max_slots * size.inter), z(max_slots * size.hidden);
+  int multiprocessors = 0;
+  testing::require(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "multiprocessors");
+
+  Gemm1 one;
+  one.blobs = layer.table1.data(), one.globals = globals1.data(), one.expert_begin = begins.data();
+  if (biases) one.gate_bias = gate_bias.data(), one.up_bias = up_bias.data();
+  one.rows = rows.data(), one.y = y.data();
+  one.experts = size.experts, one.hidden = size.hidden, one.inter = size.inter;
+  one.max_slots = max_slots, one.activation.kind = kind, one.tile = tile;
+  Gemm2 two;
+  two.blobs = layer.table2.data(), two.globals = globals2.data(), two.expert_begin = begins.data();
+  if (biases) two.bias = down_bias.data();
+  two.rows = y.data(), two.z = z.data();
+  two.experts = size.experts, two.hidden = size.hidden, two.inter = size.inter;
+  two.max_slots = max_slots, two.tile = tile, two.follows_gemm1 = true;
+  ASSERT_TRUE(launch(one, multiprocessors, nullptr).ok());
+  ASSERT_TRUE(launch(two, multiprocessors, nullptr).ok());
+  one.y = nullptr, one.y_wide = wide.data();
+  ASSERT_TRUE(launch(one, multiprocessors, nullptr).ok());
+  testing::require(cudaDeviceSynchronize(), "gemms");
+
+  const auto y_found = y.download();
+  const auto wide_found = wide.download(), z_found = z.download();
+  Error narrow_error, wide_error, z_error;
+  const int samples = static_cast<int>(std::max<i64>(4, 2000 / std::max<i64>(slots, 1)));
+  for (int e = 0; e < size.experts; ++e) {
+    for (i64 slot = begin[e]; slot < begin[e + 1]; ++slot) {
+      for (int j = 0; j < samples; ++j) {
+        const int f = j == 0 ? size.inter - 1 : static_cast<int>(random() % size.inter);
+        f64 gate = 0, up = dot(layer.up[e].matrix, f, &x[slot * size.hidden]) * 0.003f;
+        if (size.gated) gate = dot(layer.gate[e].matrix, f, &x[slot * size.hidden]) * layer.globals1[2 * e];
+        if (biases) gate += layer.gate_bias[i64{e} * size.inter + f], up += layer.up_bias[i64{e} * size.inter + f];
+        const f64 wanted = gemm1::activate(one.activation, gate, up);
+        narrow_error.add(format::from_bf16(y_found[slot * size.inter + f]), wanted);
+        wide_error.add(wide_found[slot * size.inter + f], wanted);
+        const int h = j == 0 ? size.hidden - 1 : static_cast<int>(random() % size.hidden);
+        f64 out = dot(layer.down[e].matrix, h, &y_found[slot * size.inter]) * layer.globals2[e];
+        if (biases) out += layer.down_bias[i64{e} * size.hidden + h];
+        z_error.add(z_found[slot * size.hidden + h], out);
+      }
+    }
+  }
+  EXPECT_LE(narrow_error.relative(), 3e-3);  // gemm1/gemm1.h
+  EXPECT_LE(wide_error.relative(), 2e-4);
+  EXPECT_LE(z_error.relative(), 2e-4);
+  EXPECT_TRUE(std::all_of(y_found.begin() + slots * size.inter, y_found.end(), [](u16 v) { return v == 0xffff; }));
+  EXPECT_TRUE(std::all_of(z_found.begin() + slots * size.hidden, z_found.end(), [](f32 v) { return std::isnan(v); }));
+}
+
+TEST_P(Gemms, MatchSumsInDouble) {
+  if (!testing::has_hopper()) GTEST_SKIP() << "no Hopper GPU here";
+  const int tile = GetParam();
+  using enum ActivationKind;
+  const ActivationKind kinds[] = {swiglu, swiglu_clamped, geglu_erf, geglu_tanh};
+  check({192, 80, 5, true}, tile, true, kinds[tile % 4]);
+  check({512, 352, 6, true}, tile, false, kinds[(tile + 1) % 4]);
+  check({2688, 1856, 2, false}, tile, tile % 2 == 0, relu2);
+  check({2880, 704, 3, true}, tile, true, kinds[(tile + 2) % 4]);
+}
+
+TEST_P(Gemms, SmallMatchSumsInDouble) {  // for the sanitizers
+  if (!testing::has_hopper()) GTEST_SKIP() << "no Hopper GPU here";
+  check({192, 80, 5, true}, GetParam(), true, ActivationKind::swiglu);
+  check({144, 208, 3, false}, GetParam(), true, ActivationKind::relu2);
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiles, Gemms, ::testing::Range(0, kTileShapeCount));
+
+}  // namespace
+}  // namespace fourmoe::sm90
