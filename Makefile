@@ -50,7 +50,7 @@ fuzz: ## fuzz each parser for FUZZ_SECONDS (60)
 
 wheel: ## build the Python package as a wheel in dist/ and try it in an empty environment
 	@scripts/install_deps.sh build
-	@scripts/wheel.sh "$$(scripts/find_python.sh)"
+	@scripts/wheel.sh "$$(scripts/find_python.sh)" $(if $(filter 1,$(CUDA)),cuda)
 
 install: build ## install the library and the command under PREFIX (/usr/local)
 	@cmake --install $(BUILD) --prefix $(PREFIX)

@@ -1,17 +1,20 @@
 #!/bin/bash
 # Builds the Python package as a wheel in dist/: with a manylinux tag, its libraries inside, where auditwheel is found.
 # Checks that it is small and that it imports, computes and explains in an environment that has nothing else.
-# Usage: scripts/wheel.sh PYTHON      PYTHON has pip; scikit-build-core and nanobind are fetched where it lacks them.
+# Usage: scripts/wheel.sh PYTHON [cuda]      PYTHON has pip; scikit-build-core and nanobind are fetched where it lacks
+# them. With "cuda" the wheel holds the code for GPUs too (needs nvcc); it still imports where there is no driver.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
+options=()
+[ "${2:-}" = cuda ] && options=(-C cmake.define.FOURMOE_CUDA=ON)
 most_bytes=$((50 << 20))
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 isolation=()
 "$python" -c 'import scikit_build_core, nanobind' 2> /dev/null && isolation=(--no-build-isolation)
-"$python" -m pip wheel . --no-deps --quiet ${isolation[@]+"${isolation[@]}"} --wheel-dir "$work/built"
+"$python" -m pip wheel . --no-deps --quiet ${options[@]+"${options[@]}"} ${isolation[@]+"${isolation[@]}"} --wheel-dir "$work/built"
 wheel=$(echo "$work"/built/*.whl)
 
 mkdir -p dist

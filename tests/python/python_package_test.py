@@ -142,6 +142,30 @@ class Results(unittest.TestCase):
                                       layer(x, ids, weights))
 
 
+    def test_arrays_of_jax(self):
+        try:
+            import jax
+        except ImportError:
+            self.skipTest("no jax here")
+        packed = Packed()
+        layer = fourmoe.pack(**{name: jax.numpy.asarray(value) if isinstance(value, np.ndarray) else value
+                                for name, value in packed.arguments.items()})
+        arrays = packed.tokens(5)
+        found = layer(*map(jax.numpy.asarray, arrays))
+        self.assertIsInstance(found, jax.Array)
+        np.testing.assert_array_equal(np.asarray(found), fourmoe.pack(**packed.arguments)(*arrays))
+        half = layer(jax.numpy.asarray(arrays[0], jax.numpy.bfloat16), *map(jax.numpy.asarray, arrays[1:]))
+        self.assertEqual(half.dtype, jax.numpy.bfloat16)
+
+    def test_memory_of_plain_python(self):
+        packed = Packed()
+        x, ids, weights = packed.tokens(5)
+        out = memoryview(bytearray(4 * 5 * 64)).cast("f", (5, 64))
+        layer = fourmoe.pack(**packed.arguments)
+        layer(memoryview(x), memoryview(ids), memoryview(weights), out=out)
+        np.testing.assert_array_equal(np.asarray(out), layer(x, ids, weights))
+
+
 class Contracts(unittest.TestCase):
     @classmethod
     def setUpClass(cls):

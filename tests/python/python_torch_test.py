@@ -75,7 +75,7 @@ class Tensors(unittest.TestCase):
     def test_refusals_name_argument_and_device(self):
         x, ids, weights = tensors(self.packed.tokens(4))
         for words, call in [
-            ("hidden_states is Tensor, expected a tensor on cpu or cuda: Cannot pack tensors on meta", lambda: self.layer(x.to("meta"), ids, weights)),
+            ("hidden_states is torch.Tensor, expected a tensor on cpu or cuda: Cannot pack tensors on meta", lambda: self.layer(x.to("meta"), ids, weights)),
             ("hidden_states has elements of a row 4 apart", lambda: self.layer(x.T.contiguous().T, ids, weights)),
             ("topk_weights is another type, expected f32, f16, bf16", lambda: self.layer(x, ids, weights.double())),
             (r"out is \[4, 32\], expected \[4, 64\]", lambda: self.layer(x, ids, weights, out=torch.empty(4, 32))),

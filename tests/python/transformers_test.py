@@ -94,8 +94,10 @@ class Families(unittest.TestCase):
         x, ids, weights = torch.randn(5, 64), torch.rand(5, 8).topk(3).indices, torch.rand(5, 3)
         model.set_experts_implementation("eager")
         expected = module(x, ids, weights)
-        module.gate_up_proj.copy_(module.gate_up_proj.roll(48, 1))
         model.set_experts_implementation("fourmoe")
+        self.assertLess(relative_l2(module(x, ids, weights), expected), 5e-3)
+        module.gate_up_proj.copy_(module.gate_up_proj.roll(48, 1))
+        face.forget(model)  # the parameters were changed
         self.assertGreater(relative_l2(module(x, ids, weights), expected), 0.1)
 
     def test_unknown_activations_are_refused(self):
@@ -165,9 +167,21 @@ class TinyModel(unittest.TestCase):
     def test_experts_stay_in_4_bits(self):
         model = load("nvfp4", "fourmoe")
         self.assertEqual([name for name, _ in model.named_parameters() if "experts" in name], [])
-        layer = face.layer_of(experts_of(model)[0], "w4a16", 4)
+        layer = face.layer_of(experts_of(model)[0], "w4a16", 4, model.device)
         self.assertEqual(layer.encoding, "nvfp4")
         self.assertLess(layer.packed_bytes, 32 * 3 * 128 * 64 * 0.65)
+
+    def test_on_a_gpu(self):
+        if not torch.cuda.is_available():
+            self.skipTest("no GPU here")
+        model = load("nvfp4", "fourmoe", dtype=torch.bfloat16)
+        tokens = CAPTURE["tokens"][0, :64].long()[None]
+        host = model(tokens).logits.float()
+        try:
+            device = model.cuda()(tokens.cuda()).logits.float().cpu()
+        except fourmoe.UnavailableError as error:
+            self.skipTest(str(error))
+        self.assertLess(relative_l2(device, host), 5e-2)  # attention in bf16 is torch's own on each
 
     def test_other_implementations_are_refused(self):
         with self.assertRaisesRegex(ValueError, "experts_implementation is 'eager', but .* expected one of fourmoe, fourmoe"):

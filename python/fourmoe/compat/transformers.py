@@ -63,7 +63,7 @@ def _halves(module: Any, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 def pack_experts(module: Any, top_k: int, **options: Any) -> fourmoe.Layer:
     """A layer of an experts module's own parameters; `options` go to fourmoe.pack. Parameters are read in place where
-    their rows are contiguous; call again after changing them."""
+    their rows are contiguous; see `forget` for what to do after changing them."""
     if getattr(module, "has_post_expert_norm", False):
         raise fourmoe.UnavailableError(f"{type(module).__name__}: a norm after each expert is not computed")
     weights: dict[str, Any] = {"down": _rows(module, module.down_proj)}
@@ -78,37 +78,46 @@ def pack_experts(module: Any, top_k: int, **options: Any) -> fourmoe.Layer:
             weights["gate_bias"], weights["up_bias"] = gate.contiguous(), up.contiguous()
         else:
             weights["up_bias"] = module.up_proj_bias
+    weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}  # no copy where they are there
     return fourmoe.pack(**weights, **_activation(module), top_k=top_k, device=str(module.down_proj.device),
                         name=type(module).__name__, **options)
 
 
-def layer_of(module: Any, precision: str, top_k: int) -> fourmoe.Layer:
-    """The layer behind an experts module, made at its first use."""
+def layer_of(module: Any, precision: str, top_k: int, device: torch.device) -> fourmoe.Layer:
+    """The layer behind an experts module on a device, made at its first use."""
     layers = module.__dict__.setdefault("_fourmoe_layers", {})
-    if precision not in layers:
+    if (precision, device) not in layers:
         source = module.__dict__.get("_fourmoe_source")
-        layers[precision] = (fourmoe.load(**source, precision=precision) if source is not None
-                             else pack_experts(module, top_k, precision=precision))
-        module.__dict__.setdefault("_fourmoe_handles", {})[precision] = layers[precision].handle
-    layer: fourmoe.Layer = layers[precision]
-    return layer
+        layer = (fourmoe.load(**source, precision=precision, device=str(device)) if source is not None
+                 else pack_experts(module, top_k, precision=precision))
+        layers[precision, device] = layer
+        module.__dict__.setdefault("_fourmoe_handles", {})[precision, device] = layer.handle
+    made: fourmoe.Layer = layers[precision, device]
+    return made
 
 
-def prepare(model: torch.nn.Module) -> None:
+def prepare(model: Any) -> None:
     """Makes all layers of a model now, not at their first use; torch.compile(fullgraph=True) needs that."""
     for module in model.modules():
         if is_experts(module):
             config: Any = module.config
-            precision = IMPLEMENTATIONS[config._experts_implementation]
-            layer_of(module, precision, config.num_experts_per_tok)
+            layer_of(module, IMPLEMENTATIONS[config._experts_implementation], config.num_experts_per_tok, model.device)
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Drops all layers of a model; the next call makes them anew, from parameters that were changed since."""
+    for module in model.modules():
+        module.__dict__.pop("_fourmoe_layers", None)
+        module.__dict__.pop("_fourmoe_handles", None)
 
 
 def _forward(precision: str) -> Any:
     def experts_forward(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
                         top_k_weights: torch.Tensor) -> torch.Tensor:
-        handle = self.__dict__.get("_fourmoe_handles", {}).get(precision)  # a number, for torch.compile
+        device = hidden_states.device
+        handle = self.__dict__.get("_fourmoe_handles", {}).get((precision, device))  # a number, for torch.compile
         if handle is None:
-            handle = layer_of(self, precision, top_k_index.shape[-1]).handle
+            handle = layer_of(self, precision, top_k_index.shape[-1], device).handle
         output: torch.Tensor = torch.ops.fourmoe.run(hidden_states, handle, top_k_index, top_k_weights)
         return output
 
