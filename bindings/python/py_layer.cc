@@ -191,8 +191,8 @@ void PyLayer::refit(weights::Assembled assembled, std::vector<nb::object> held) 
     next.problem.encoding = assembled.encoding;
     layer_->refit(next);
     for (Variant& known : variants_) known.layer->refit(next);
+    held_.swap(held);  // counts no references, so it needs no interpreter lock; the old ones go at the end
   }
-  held_.swap(held);
 }
 
 i64 PyLayer::workspace_bytes(i64 tokens, const std::optional<std::string>& precision,

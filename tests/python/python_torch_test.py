@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """torch tensors and operators: types, views, refusals, torch.compile, and CUDA-graph capture where there is a GPU."""
+import importlib.util
 import threading
 import unittest
 
-from package import Packed, fourmoe, np, require
+from package import SOURCE, Packed, fourmoe, np, require
 
 torch = require("torch")
 import fourmoe.torch  # noqa: E402
@@ -99,6 +100,17 @@ class Tensors(unittest.TestCase):
         for thread in threads:
             thread.join()
         self.assertEqual(wrong, [])
+
+
+class Overhead(unittest.TestCase):
+    def test_of_a_call(self):
+        spec = importlib.util.spec_from_file_location("python_overhead", SOURCE / "bench" / "python_overhead.py")
+        bench = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(bench)
+        kept = bench.make_cases()
+        table = bench.measure(kept[-1], turns=9, calls=200)
+        self.assertLess(table["layer(...)"][0], bench.BAR)
+        self.assertLess(table["layer(..., out, workspace)"][0], bench.BAR)
 
 
 class Operators(unittest.TestCase):
