@@ -49,6 +49,28 @@ def empty_operator():
     return library, torch.ops.fourmoe_overhead.nothing
 
 
+def add_device_cases(cases):
+    """The host's part of calls on the first GPU, where there is one that the build computes on."""
+    if not torch.cuda.is_available():
+        return
+    try:
+        layer = fourmoe.load(TINY, layer=0, device="cuda:0")
+    except fourmoe.UnavailableError as error:
+        print(f"no case on a GPU: {error}", file=sys.stderr)
+        return
+    x = torch.randn(8, layer.hidden, dtype=torch.bfloat16, device="cuda")
+    ids = torch.arange(4, dtype=torch.int32, device="cuda").repeat(8, 1)
+    weights, out = torch.full((8, 4), 0.25, device="cuda"), torch.empty_like(x)
+    workspace = torch.empty(layer.workspace_bytes(), dtype=torch.uint8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    layer(x, ids, weights, out=out, workspace=workspace)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        layer(x, ids, weights, out=out, workspace=workspace)
+    cases["layer(...), 8 tokens on a GPU"] = lambda: layer(x, ids, weights, out=out, workspace=workspace)
+    cases["the same as a graph's replay"] = graph.replay
+
+
 def make_cases():
     layer = fourmoe.load(TINY, layer=0, threads=1)
     x = torch.empty(0, layer.hidden, dtype=torch.bfloat16)
@@ -59,13 +81,15 @@ def make_cases():
     one = torch.randn(1, layer.hidden).bfloat16()
     one_ids, one_weights = torch.arange(4, dtype=torch.int32)[None], torch.full((1, 4), 0.25)
     one_out = torch.empty_like(one)
-    return layer, library, {
+    cases = {
         "empty torch operator": lambda: nothing(x),
         "layer(...)": lambda: layer(x, ids, weights),
         "layer(..., out, workspace)": lambda: layer(x, ids, weights, out=out, workspace=workspace),
         "torch.ops.fourmoe.run": lambda: operator(x, handle, ids, weights),
         "layer(...), one token": lambda: layer(one, one_ids, one_weights, out=one_out, workspace=workspace),
     }
+    add_device_cases(cases)
+    return layer, library, cases
 
 
 def main():
@@ -77,7 +101,7 @@ def main():
     layer, _library, cases = make_cases()
     table = measure(cases)
     for name, (median, p10, p90) in table.items():
-        print(f"{name:28} {median:7.2f} us   (p10 {p10:.2f}, p90 {p90:.2f})")
+        print(f"{name:30} {median:7.2f} us   (p10 {p10:.2f}, p90 {p90:.2f})")
     if arguments.output:
         record = {"command": "python3 bench/python_overhead.py", "machine": layer.explain().splitlines()[0].split(None, 1)[1],
                   "python": platform.python_version(), "torch": torch.__version__, "fourmoe": fourmoe.__version__,
