@@ -44,9 +44,12 @@ fourmoe_add_cuda(fourmoe_gpu "${all_architectures}" ${shared})
 target_compile_definitions(fourmoe_core PUBLIC FOURMOE_CUDA)
 target_link_libraries(fourmoe_core PUBLIC CUDA::cudart_static)
 
-# Programs that measure, built when named: the two GEMMs alone.
-add_executable(fourmoe_bench_gemms EXCLUDE_FROM_ALL bench/sm90/gemms.cu)
-target_include_directories(fourmoe_bench_gemms PRIVATE tests)
-target_compile_options(fourmoe_bench_gemms PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>")
-set_target_properties(fourmoe_bench_gemms PROPERTIES CUDA_ARCHITECTURES 90a-real)
-target_link_libraries(fourmoe_bench_gemms PRIVATE fourmoe_core)
+# Programs that measure, built when named: the two GEMMs alone, route and combine alone.
+foreach(program gemms:bench/sm90/gemms.cu route:bench/gpu/route.cu)
+  string(REPLACE ":" ";" program "${program}")
+  list(POP_FRONT program name)
+  add_executable(fourmoe_bench_${name} EXCLUDE_FROM_ALL ${program})
+  target_include_directories(fourmoe_bench_${name} PRIVATE tests)
+  target_compile_options(fourmoe_bench_${name} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>")
+  target_link_libraries(fourmoe_bench_${name} PRIVATE fourmoe_core)
+endforeach()

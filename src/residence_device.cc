@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <array>
+#include <atomic>
 #include <new>
 
 #include "gpu/fault.h"
@@ -72,7 +73,10 @@ class DeviceFloats {
 class DeviceResidence final : public Residence {
  public:
   DeviceResidence(checkpoint::Layer* layer, const Plans& plans, Executor& executor)
-      : layer_(*layer), executor_(executor), device_(device_of(plans.routed.machine)->index) {
+      : layer_(*layer),
+        executor_(executor),
+        device_(device_of(plans.routed.machine)->index),
+        most_tokens_(plans.routed.problem.max_tokens) {
     const gpu::Current current(device_);
     throw_unless_ok(current.status());
     throw_unless_ok(gpu::Buffer::make(gpu::Kind::pinned, sizeof(gpu::Fault), "fault record", &fault_));
@@ -98,6 +102,7 @@ class DeviceResidence final : public Residence {
       status.detail += " (found by an earlier call; this one did nothing)";
       return status;
     }
+    if (visit->call.hidden.rows > most_tokens_) split_ = true;
     return visit->workspace.data != nullptr ? Status{} : lend_workspace(visit);
   }
 
@@ -172,7 +177,9 @@ class DeviceResidence final : public Residence {
     if (kind == gpu::FaultKind::none || (kind == gpu::FaultKind::id && found.settled != found.first)) return {};
     record.first = gpu::Fault{}.first;
     record.settled = gpu::Fault{}.settled;
-    return gpu::to_status(found);
+    Status status = gpu::to_status(found);
+    if (split_) status.detail += fmt::format(" (counting from the first token of a pass of {})", most_tokens_);
+    return status;
   }
 
   // The layer's own workspace. Calls on several streams wait for each other; a captured one orders its replays itself.
@@ -195,7 +202,9 @@ class DeviceResidence final : public Residence {
   checkpoint::Layer& layer_;
   Executor& executor_;
   i32 device_;
-  gpu::Buffer fault_;  // gpu::Fault, pinned
+  i32 most_tokens_;                 // of one pass
+  std::atomic<bool> split_{false};  // a call had more: kernels count tokens within its passes
+  gpu::Buffer fault_;               // gpu::Fault, pinned
   std::mutex fault_mutex_;
   DeviceMatrix router_;
   DeviceMatrix shared_gate_;

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <functional>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "combine/device.h"
@@ -75,15 +76,43 @@ f64 microseconds(int repeats, const std::function<void(cudaStream_t)>& work) {
   return times[times.size() / 2] * 1e3 / repeats;
 }
 
-// GB/s, read plus written, of a copy of 1 GiB.
+__global__ void __launch_bounds__(256) copy_quads(const float4* from, float4* to, i64 quads) {
+  const i64 i = i64{blockIdx.x} * 1024 + threadIdx.x;
+  float4 x[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) x[j] = i + 256 * j < quads ? __ldcs(from + i + 256 * j) : float4{};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (i + 256 * j < quads) to[i + 256 * j] = x[j];
+  }
+}
+
+// GB/s, read plus written, of a copy of 1 GiB by a kernel (by cudaMemcpyAsync in a graph it is slower).
 f64 copy_rate() {
   const i64 bytes = i64{1} << 30;
-  u8 *from = allocate<u8>(bytes), *to = allocate<u8>(bytes);
-  const f64 us = microseconds(
-      4, [&](cudaStream_t s) { check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, s), "copy"); });
+  float4 *from = allocate<float4>(bytes / 16), *to = allocate<float4>(bytes / 16);
+  const u32 blocks = static_cast<u32>(bytes / 16 / 1024);
+  const f64 us = microseconds(4, [&](cudaStream_t s) { copy_quads<<<blocks, 256, 0, s>>>(from, to, bytes / 16); });
   cudaFree(from);
   cudaFree(to);
   return 2.0 * bytes / us * 1e-3;
+}
+
+// Random bf16 of ordinary size, a period of 1 Mi values: zeros are unlike any activations.
+u16* random_bf16(i64 count) {
+  static const std::vector<u16> some = [] {
+    std::mt19937 random(5);
+    std::normal_distribution<f32> normal;
+    std::vector<u16> values(1 << 20);
+    for (u16& value : values) value = format::to_bf16(normal(random));
+    return values;
+  }();
+  u16* memory = allocate<u16>(count);
+  for (i64 i = 0; i < count; i += static_cast<i64>(some.size())) {
+    const i64 part = std::min<i64>(count - i, static_cast<i64>(some.size()));
+    check(cudaMemcpy(memory + i, some.data(), part * 2, cudaMemcpyHostToDevice), "upload");
+  }
+  return memory;
 }
 
 struct Shape {
@@ -104,7 +133,7 @@ struct Layer {
     const i64 picks = i64{tokens} * p.top_k, slot_values = picks * p.hidden;
     std::mt19937_64 random(tokens);
     std::normal_distribution<f32> normal;
-    std::vector<f32> logits(i64{tokens} * p.experts), bias(p.experts), router(i64{p.experts} * p.hidden);
+    std::vector<f32> logits(i64{tokens} * p.experts), bias(p.experts);
     for (f32& value : logits) value = normal(random);
     for (f32& value : bias) value = 0.05f * normal(random);
     slots.problem = p;
@@ -118,17 +147,17 @@ struct Layer {
     slots.out.pick_slot = allocate<i32>(picks);
     slots.fault = upload(std::vector<gpu::Fault>(1));
     slots.chunk_counts = allocate<u32>(route::sort_scratch_bytes(p) / 4);
-    hidden = {allocate<u16>(i64{tokens} * p.hidden), format::Dtype::bf16, tokens, p.hidden, p.hidden};
+    hidden = {random_bf16(i64{tokens} * p.hidden), format::Dtype::bf16, tokens, p.hidden, p.hidden};
     gather = {p, tokens, hidden, slots.out, nullptr, allocate<u16>(slot_values)};
     quantise = gather;
     quantise.input_scales = upload(std::vector<f32>(p.local_experts, 0.01f));
     quantise.slots.codes = allocate<u8>(slot_values / 2);
     quantise.slots.scales = allocate<u8>(slot_values / 16);
-    const f32* z = allocate<f32>(slot_values);
+    const f32* z = reinterpret_cast<const f32*>(random_bf16(2 * slot_values));
     sum = {tokens, p.hidden, p.top_k, false, slots.out.pick_slot, slots.out.weights, z};
     sum.out.output = {allocate<u16>(i64{tokens} * p.hidden), format::Dtype::bf16, tokens, p.hidden, p.hidden};
     logits_args = {hidden,
-                   {allocate<u16>(i64{p.experts} * p.hidden), format::Dtype::bf16, p.experts, p.hidden, p.hidden},
+                   {random_bf16(i64{p.experts} * p.hidden), format::Dtype::bf16, p.experts, p.hidden, p.hidden},
                    nullptr,
                    allocate<f32>(i64{tokens} * p.experts)};
   }
@@ -263,7 +292,7 @@ void measure(const Shape& shape, i32 tokens, f64 copy) {
   if (tokens == 4096) compare_combines(shape.name, layer, copy);
 }
 
-int run() {
+int run(bool combines) {
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "device");
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
@@ -271,12 +300,16 @@ int run() {
   std::printf("{\"part\": \"device\", \"name\": \"%s\", \"copy_GBps\": %.0f}\n", device.name, copy);
   const Shape dsv3 = {"dsv3", 7168, 2048, 256, 8, {Score::sigmoid, 8, 4, 2, true, 2.5f, false}};
   const Shape qwen = {"qwen3-30b", 2048, 768, 128, 8, {}};
-  for (const i32 tokens : {1, 8, 64, 512, 4096, 32768}) measure(dsv3, tokens, copy);
-  for (const i32 tokens : {1, 8, 64, 512, 4096, 32768}) measure(qwen, tokens, copy);
+  for (const Shape& shape : {dsv3, qwen}) {
+    for (const i32 tokens : {1, 8, 64, 128, 256, 512, 4096, 32768}) {
+      if (!combines || tokens == 4096) measure(shape, tokens, copy);
+    }
+  }
   return 0;
 }
 
 }  // namespace
 }  // namespace fourmoe
 
-int main() { return fourmoe::run(); }
+// With `combines`, only what compares ways to combine.
+int main(int argc, char** argv) { return fourmoe::run(argc > 1 && std::string(argv[1]) == "combines"); }

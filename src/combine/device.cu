@@ -8,47 +8,58 @@ namespace fourmoe::combine {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBatch = 8;  // rows in flight a thread
+constexpr int kBlocks = 6;  // of a multiprocessor: enough rows on their way to keep the memory busy
+constexpr int kBatch = 4;   // rows in flight a thread; divides 32
+constexpr u32 kAll = 0xffffffffu;
 
-// Adds picks [0, count) in order; each product and each sum rounded, as the host does.
-__device__ __forceinline__ void add_picks(const DeviceSum& sum, i64 pick, int count, i64 quad, float4* acc) {
-  const i64 quads = sum.hidden / 4;
+// Lane p of every warp has the token's pick p.
+struct Pick {
+  i32 slot;  // negative for none
+  f32 weight;
+};
+
+__device__ __forceinline__ Pick pick_of_lane(const DeviceSum& sum, i64 token) {
+  const i32 lane = static_cast<i32>(threadIdx.x % 32);
+  if (lane >= sum.top_k) return {-1, 0.0f};
+  const i64 pick = token * sum.top_k + lane;
+  return {sum.pick_slot[pick], sum.weight_on_input ? 1.0f : sum.weights[pick]};
+}
+
+// Adds picks p .. p + kBatch - 1 in order; each product and each sum rounded, as the host does.
+__device__ __forceinline__ void add_picks(const float4* column, i64 quads, const Pick& lane_pick, i32 p, float4* acc) {
   i32 slot[kBatch];
-  f32 weight[kBatch];
   float4 z[kBatch];
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    slot[i] = i < count ? sum.pick_slot[pick + i] : -1;
-    weight[i] = i < count && !sum.weight_on_input ? sum.weights[pick + i] : 1.0f;
+    slot[i] = __shfl_sync(kAll, lane_pick.slot, p + i);
+    if (slot[i] >= 0) z[i] = column[slot[i] * quads];
   }
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    if (slot[i] >= 0) z[i] = __ldcs(reinterpret_cast<const float4*>(sum.rows) + slot[i] * quads + quad);
-  }
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
+    const f32 weight = __shfl_sync(kAll, lane_pick.weight, p + i);
     if (slot[i] < 0) continue;  // not even a zero: -0 + 0 is 0
-    acc->x = __fadd_rn(acc->x, __fmul_rn(weight[i], z[i].x));
-    acc->y = __fadd_rn(acc->y, __fmul_rn(weight[i], z[i].y));
-    acc->z = __fadd_rn(acc->z, __fmul_rn(weight[i], z[i].z));
-    acc->w = __fadd_rn(acc->w, __fmul_rn(weight[i], z[i].w));
+    acc->x = __fadd_rn(acc->x, __fmul_rn(weight, z[i].x));
+    acc->y = __fadd_rn(acc->y, __fmul_rn(weight, z[i].y));
+    acc->z = __fadd_rn(acc->z, __fmul_rn(weight, z[i].z));
+    acc->w = __fadd_rn(acc->w, __fmul_rn(weight, z[i].w));
   }
 }
 
 // A block has kThreads quads of columns of one token.
-__global__ void __launch_bounds__(kThreads) sum_picks(const DeviceSum sum) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sum_picks(const DeviceSum sum) {
   gpu::begin();
   const i32 quads = sum.hidden / 4;
   const i32 parts = (quads + kThreads - 1) / kThreads;
   const i64 token = blockIdx.x / parts;
-  const i32 quad = blockIdx.x % parts * kThreads + threadIdx.x;
-  if (quad >= quads) return;
-  const i64 first = token * sum.top_k;
+  const i32 at = static_cast<i32>(blockIdx.x % parts * kThreads + threadIdx.x);
+  const i32 quad = min(at, quads - 1);  // all lanes keep step
+  const Pick pick = pick_of_lane(sum, token);
+  const float4* column = reinterpret_cast<const float4*>(sum.rows) + quad;
   float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};
   if (sum.addend.addend != nullptr) acc = reinterpret_cast<const float4*>(sum.addend.addend)[token * quads + quad];
-  for (i32 p = 0; p < sum.top_k; p += kBatch) add_picks(sum, first + p, min(kBatch, sum.top_k - p), quad, &acc);
-  if (sum.pick_slot[first] == route::kRefused) acc.x = acc.y = acc.z = acc.w = __uint_as_float(0x7fc00000u);
-  gpu::store_quad(sum.out.output.row(token), sum.out.output.dtype, quad, acc);
+  for (i32 p = 0; p < sum.top_k; p += kBatch) add_picks(column, quads, pick, p, &acc);
+  if (__shfl_sync(kAll, pick.slot, 0) == route::kRefused) acc.x = acc.y = acc.z = acc.w = __uint_as_float(0x7fc00000u);
+  if (at < quads) gpu::store_quad(sum.out.output.row(token), sum.out.output.dtype, quad, acc);
 }
 
 }  // namespace

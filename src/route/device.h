@@ -43,10 +43,10 @@ inline constexpr i32 kMaxChunks = 128;  // of a call: every block reads the coun
 // Bytes of DeviceSlots::chunk_counts for problem.max_tokens.
 i64 sort_scratch_bytes(const Problem& problem);
 
-// Picks, then slots: one launch for as many picks as one cluster sorts at once (kFewPicks), else three.
+// Picks, then slots: one launch for as many tokens as one cluster picks at once, else three.
 Status launch_slots(const DeviceSlots& args, void* stream);
 
-inline constexpr i32 kFewPicks = 4096;
+inline constexpr i32 kFewTokens = 128;
 
 // The parts of launch_slots for any number of picks.
 Status launch_pick(const DeviceSlots& args, void* stream);

@@ -1,4 +1,4 @@
-// Router logits: a block sums two experts' products with up to eight tokens.
+// Router logits: a block sums the products of a few experts with a few tokens.
 //
 // Each thread takes every 256th octet of columns, whatever the number of tokens; then lanes, then warps are added in a
 // fixed order. Products of two f32 are exact in f64, so every step of a sum rounds once, as on the host.
@@ -12,17 +12,16 @@ namespace {
 
 constexpr i32 kThreads = 256;
 constexpr i32 kWarps = kThreads / 32;
-constexpr i32 kExperts = 2;
-constexpr i32 kTokens = 8;
 
 struct Block {
   i32 token;   // first
   i32 expert;  // first
 };
 
-__device__ __forceinline__ Block block_of(const DeviceLogits& a, i32 tokens) {
+template <i32 kRows, i32 kExperts>
+__device__ __forceinline__ Block block_of(const DeviceLogits& a) {
   const i32 columns = static_cast<i32>((a.router.rows + kExperts - 1) / kExperts);
-  return {static_cast<i32>(blockIdx.x / columns) * tokens, static_cast<i32>(blockIdx.x % columns) * kExperts};
+  return {static_cast<i32>(blockIdx.x / columns) * kRows, static_cast<i32>(blockIdx.x % columns) * kExperts};
 }
 
 template <i32 kRows>
@@ -36,7 +35,7 @@ __device__ __forceinline__ void load_octets(const format::Tensor& from, i32 firs
   }
 }
 
-template <i32 kRows>
+template <i32 kRows, i32 kExperts>
 __device__ __forceinline__ void add_octet(const DeviceLogits& a, const Block& at, i32 octet,
                                           f64 (&sums)[kRows][kExperts]) {
   f64 w[kExperts][8];
@@ -54,7 +53,7 @@ __device__ __forceinline__ void add_octet(const DeviceLogits& a, const Block& at
 }
 
 // Threads 0 .. kRows * kExperts - 1 write a logit each.
-template <i32 kRows>
+template <i32 kRows, i32 kExperts>
 __device__ __forceinline__ void reduce(const DeviceLogits& a, const Block& at, f64 (&sums)[kRows][kExperts]) {
   __shared__ f64 shared[kWarps][kRows * kExperts];
   const u32 warp = threadIdx.x / 32;
@@ -73,19 +72,19 @@ __device__ __forceinline__ void reduce(const DeviceLogits& a, const Block& at, f
   a.logits[token * a.router.rows + expert] = static_cast<f32>(sum + (a.bias != nullptr ? f64{a.bias[expert]} : 0.0));
 }
 
-template <i32 kRows>
+template <i32 kRows, i32 kExperts>
 __global__ void __launch_bounds__(kThreads) multiply(const DeviceLogits a) {
   gpu::begin();
-  const Block at = block_of(a, kRows);
+  const Block at = block_of<kRows, kExperts>(a);
   f64 sums[kRows][kExperts] = {};
   for (i32 octet = threadIdx.x; octet < a.hidden.cols / 8; octet += kThreads) add_octet(a, at, octet, sums);
   reduce(a, at, sums);
 }
 
-template <i32 kRows>
+template <i32 kRows, i32 kExperts>
 Status launch_tile(const DeviceLogits& args, void* stream) {
   const i64 blocks = (args.hidden.rows + kRows - 1) / kRows * ((args.router.rows + kExperts - 1) / kExperts);
-  return gpu::launch("logits", multiply<kRows>, {blocks, kThreads}, args, stream);
+  return gpu::launch("logits", multiply<kRows, kExperts>, {blocks, kThreads}, args, stream);
 }
 
 }  // namespace
@@ -96,10 +95,10 @@ Status launch_logits(const DeviceLogits& args, void* stream) {
   Status status = gpu::check_rows("hidden_states", args.hidden);
   if (status.ok()) status = gpu::check_rows("router", args.router);
   if (!status.ok()) return status;
-  if (tokens == 1) return launch_tile<1>(args, stream);
-  if (tokens == 2) return launch_tile<2>(args, stream);
-  if (tokens <= 4) return launch_tile<4>(args, stream);
-  return launch_tile<kTokens>(args, stream);
+  if (tokens == 1) return launch_tile<1, 2>(args, stream);
+  if (tokens == 2) return launch_tile<2, 2>(args, stream);
+  if (tokens <= 32) return launch_tile<4, 2>(args, stream);
+  return launch_tile<8, 4>(args, stream);
 }
 
 }  // namespace fourmoe::route

@@ -1,7 +1,8 @@
-// pick: a warp finds one token's picks. Formulas in route.h, all in f64 as on the host.
+// pick: a team of warps scores one token's experts, then its first warp picks. Formulas in route.h, all in f64 as on
+// the host; no sum depends on the size of the team.
 //
-// The choice c_e of every expert lies in shared memory as a key, a u64 whose order is c's; a lane owns the experts
-// lane, lane + 32, ... and the best of them. The warp takes the best of all, top_k times.
+// The choice c_e of every expert lies in shared memory as a key, a u64 whose order is c's; a lane of the first warp
+// owns the experts lane, lane + 32, ... and the best of them. The warp takes the best of all, top_k times.
 #pragma once
 
 #include "gpu/fault.h"
@@ -14,17 +15,32 @@ inline constexpr u32 kAll = 0xffffffffu;
 inline constexpr u64 kMaskedKey = 0x000fffffffffffffu;  // of -infinity
 inline constexpr u64 kTakenKey = 0;                     // below every number's
 
-// What one warp needs in shared memory.
-struct WarpMemory {
-  u64* keys;    // [experts]
-  f64* groups;  // [groups] scores
+inline constexpr i32 kMaxWarps = 16;  // of a block
+
+// The warps that share a token, and where they meet.
+struct Team {
+  i32 token;  // -1 for none: the team only keeps step
+  i32 rank;   // of this warp
+  i32 warps;  // of the team
+  u32 lane;
+  f64* scores;   // [experts] s_e; shared memory, as all below
+  u64* keys;     // [experts] of c_e
+  f64* groups;   // [groups] scores
+  f32* largest;  // [kMaxWarps] largest logit that each warp saw
 };
 
-inline i32 warp_bytes(const Problem& problem) { return 8 * (problem.experts + problem.routing.groups); }
+// u64 words of a team's memory.
+FOURMOE_HD i32 team_words(const Problem& problem) {
+  return 2 * problem.experts + problem.routing.groups + kMaxWarps / 2;
+}
 
-__device__ __forceinline__ WarpMemory warp_memory(const Problem& problem, u64* shared, u32 warp) {
-  u64* keys = shared + warp * (problem.experts + problem.routing.groups);
-  return {keys, reinterpret_cast<f64*>(keys + problem.experts)};
+// The memory of a block's team number `index`.
+__device__ __forceinline__ void place_team(const Problem& problem, u64* shared, i32 index, Team* team) {
+  u64* memory = shared + index * team_words(problem);
+  team->scores = reinterpret_cast<f64*>(memory);
+  team->keys = memory + problem.experts;
+  team->groups = team->scores + 2 * problem.experts;
+  team->largest = reinterpret_cast<f32*>(team->groups + problem.routing.groups);
 }
 
 __device__ __forceinline__ u64 key_of(f64 value) {
@@ -36,52 +52,86 @@ __device__ __forceinline__ f64 value_of(u64 key) {
   return __longlong_as_double(static_cast<i64>(key >> 63 != 0 ? key ^ u64{1} << 63 : ~key));
 }
 
-// What a token's scores share.
-struct Softmax {
-  f64 largest = 0.0;
-  f64 sum = 1.0;
-};
-
-__device__ __forceinline__ f64 score_of(Score score, f64 logit, const Softmax& softmax) {
+// s_e of every score but softmax, which needs two sums.
+__device__ __forceinline__ f64 score_of(Score score, f64 logit) {
   switch (score) {
-    case Score::softmax: return exp(logit - softmax.largest) / softmax.sum;
     case Score::sigmoid: return 1.0 / (1.0 + exp(-logit));
     case Score::sqrt_softplus: return sqrt(fmax(logit, 0.0) + log1p(exp(-fabs(logit))));
     default: return logit;
   }
 }
 
-// Fills keys with the logits' bits; false when a logit is NaN or the largest is infinite.
-__device__ __forceinline__ bool read_logits(const DeviceSlots& a, const void* row, u32 lane, u64* keys, f64* largest) {
-  f32 most = -INFINITY;
-  bool nan = false;
-#pragma unroll 8
-  for (i32 e = lane; e < a.problem.experts; e += 32) {
-    const f32 logit = gpu::read(row, a.in.logits.dtype, e);
-    nan |= isnan(logit);
-    most = fmaxf(most, logit);
-    keys[e] = static_cast<u64>(__double_as_longlong(f64{logit}));
-  }
-  for (int d = 16; d > 0; d /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, d));
-  *largest = most;
-  return __any_sync(kAll, nan) == 0 && isfinite(most);
+__device__ __forceinline__ void write_score(const DeviceSlots& a, const Team& team, i32 e, f64 score) {
+  team.scores[e] = score;
+  team.keys[e] = key_of(score + (a.in.bias != nullptr ? f64{a.in.bias[e]} : 0.0));
 }
 
-__device__ __forceinline__ f64 sum_exp(const u64* keys, i32 experts, u32 lane, f64 largest) {
+// The warp's experts: their scores, or their logits for softmax. Notes the largest logit, +infinity for a NaN.
+template <class Read>
+__device__ __forceinline__ void survey(const DeviceSlots& a, const Team& team, Read read) {
+  const Score score = a.problem.routing.score;
+  f32 most = -INFINITY;
+#pragma unroll 2
+  for (i32 e = team.rank * 32 + team.lane; e < a.problem.experts; e += team.warps * 32) {
+    const f32 logit = read(e);
+    most = isnan(logit) ? INFINITY : fmaxf(most, logit);
+    if (score == Score::softmax) team.scores[e] = logit;
+    else write_score(a, team, e, score_of(score, logit));
+  }
+#pragma unroll 1
+  for (int d = 16; d > 0; d /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, d));
+  if (team.lane == 0) team.largest[team.rank] = most;
+}
+
+__device__ __forceinline__ void survey_logits(const DeviceSlots& a, const Team& team) {
+  const void* row = a.in.logits.row(team.token);
+  const format::Dtype dtype = a.in.logits.dtype;
+  if (dtype == format::Dtype::f32) survey(a, team, [=](i32 e) { return static_cast<const f32*>(row)[e]; });
+  else survey(a, team, [=](i32 e) { return gpu::read(row, dtype, e); });
+}
+
+__device__ __forceinline__ f32 largest_of(const Team& team) {
+  f32 most = team.largest[0];
+#pragma unroll 1
+  for (i32 w = 1; w < team.warps; ++w) most = fmaxf(most, team.largest[w]);
+  return most;
+}
+
+// Logits to exp(l - largest).
+__device__ __forceinline__ void write_exps(const Team& team, i32 experts, f64 largest) {
+#pragma unroll 1
+  for (i32 e = team.rank * 32 + team.lane; e < experts; e += team.warps * 32) {
+    team.scores[e] = exp(team.scores[e] - largest);
+  }
+}
+
+// Every warp of a team adds all, in the same order.
+__device__ __forceinline__ f64 sum_exps(const Team& team, i32 experts) {
   f64 sum = 0.0;
-  for (i32 e = lane; e < experts; e += 32) sum += exp(__longlong_as_double(static_cast<i64>(keys[e])) - largest);
+#pragma unroll 1
+  for (i32 e = team.lane; e < experts; e += 32) sum += team.scores[e];
+#pragma unroll 1
   for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAll, sum, d);
   return sum;
+}
+
+__device__ __forceinline__ void write_shares(const DeviceSlots& a, const Team& team, f64 sum) {
+#pragma unroll 1
+  for (i32 e = team.rank * 32 + team.lane; e < a.problem.experts; e += team.warps * 32) {
+    write_score(a, team, e, team.scores[e] / sum);
+  }
 }
 
 // The two best keys of a group's experts sub, sub + width, ... and of the `width` lanes side by side.
 __device__ __forceinline__ f64 group_score(const u64* keys, i32 size, i32 best, i32 sub, i32 width) {
   u64 first = kMaskedKey;
   u64 second = kMaskedKey;
+#pragma unroll 1
   for (i32 i = sub; i < size; i += width) {
     second = max(second, min(first, keys[i]));
     first = max(first, keys[i]);
   }
+#pragma unroll 1
   for (i32 d = 1; d < width; d *= 2) {
     const u64 other_first = __shfl_xor_sync(kAll, first, d);
     const u64 other_second = __shfl_xor_sync(kAll, second, d);
@@ -92,106 +142,142 @@ __device__ __forceinline__ f64 group_score(const u64* keys, i32 size, i32 best, 
 }
 
 // Lanes side by side share a group as far as 32 lanes go.
-__device__ __forceinline__ void mask_groups(const Problem& problem, u32 lane, const WarpMemory& memory) {
+__device__ __forceinline__ void mask_groups(const Problem& problem, const Team& team) {
   const i32 groups = problem.routing.groups;
   const i32 size = problem.experts / groups;
   i32 width = 1;
   while (2 * width * groups <= 32) width *= 2;
-  const i32 sub = lane % width;
+  const i32 sub = team.lane % width;
+#pragma unroll 1
   for (i32 base = 0; base < groups; base += 32 / width) {
-    const i32 g = base + lane / width;
+    const i32 g = base + team.lane / width;
     const bool real = g < groups;
     const f64 score =
-        group_score(memory.keys + (real ? g : 0) * size, real ? size : 0, problem.routing.group_best, sub, width);
-    if (real && sub == 0) memory.groups[g] = score;
+        group_score(team.keys + (real ? g : 0) * size, real ? size : 0, problem.routing.group_best, sub, width);
+    if (real && sub == 0) team.groups[g] = score;
   }
   __syncwarp();
-  for (i32 g = lane / width; g < groups; g += 32 / width) {
-    const f64 mine = memory.groups[g];
+#pragma unroll 1
+  for (i32 g = team.lane / width; g < groups; g += 32 / width) {
+    const f64 mine = team.groups[g];
     i32 rank = 0;
-    for (i32 h = 0; h < groups; ++h) rank += memory.groups[h] > mine || (memory.groups[h] == mine && h < g);
+#pragma unroll 1
+    for (i32 h = 0; h < groups; ++h) rank += team.groups[h] > mine || (team.groups[h] == mine && h < g);
     if (rank < problem.routing.groups_kept) continue;
-    for (i32 i = sub; i < size; i += width) memory.keys[g * size + i] = kMaskedKey;
+#pragma unroll 1
+    for (i32 i = sub; i < size; i += width) team.keys[g * size + i] = kMaskedKey;
   }
   __syncwarp();
 }
 
-struct Best {
+struct Choice {
   u64 key;
   i32 expert;
 };
 
+// The lane's two best; a key that is taken stands for one that is not known.
+struct Best {
+  Choice first;
+  Choice second;
+};
+
 __device__ __forceinline__ Best best_of_lane(const u64* keys, i32 experts, u32 lane) {
-  Best best = {kTakenKey, experts};
-#pragma unroll 4
+  Best best = {{kTakenKey, experts}, {kTakenKey, experts}};
+#pragma unroll 1
   for (i32 e = lane; e < experts; e += 32) {
-    if (keys[e] > best.key) best = {keys[e], e};
+    const Choice choice = {keys[e], e};
+    if (choice.key > best.first.key) best = {choice, best.first};
+    else if (choice.key > best.second.key) best.second = choice;
   }
   return best;
 }
 
-// Lane p returns pick p: the largest keys in descending order, ties to the lower expert.
+// The lane whose first choice is the largest, ties to the lower expert.
+__device__ __forceinline__ i32 best_lane(const Choice& choice) {
+  const u32 high = static_cast<u32>(choice.key >> 32);
+  u32 winners = __ballot_sync(kAll, high == __reduce_max_sync(kAll, high));
+  if (__popc(winners) == 1) return __ffs(static_cast<int>(winners)) - 1;
+  const bool ahead = winners >> (threadIdx.x % 32) & 1u;
+  const u32 low = static_cast<u32>(choice.key);
+  const u32 lowest = __reduce_max_sync(kAll, ahead ? low : 0u);  // no lane may pass by
+  const u32 expert = ahead && low == lowest ? static_cast<u32>(choice.expert) : ~0u;
+  winners = __ballot_sync(kAll, expert == __reduce_min_sync(kAll, expert));
+  return __ffs(static_cast<int>(winners)) - 1;
+}
+
+// Lane p returns pick p: the largest keys in descending order.
 __device__ __forceinline__ i32 take_best(u64* keys, i32 experts, i32 top_k, u32 lane) {
   Best best = best_of_lane(keys, experts, lane);
   i32 mine = -1;
+#pragma unroll 1
   for (i32 p = 0; p < top_k; ++p) {
-    const u32 high = static_cast<u32>(best.key >> 32);
-    const u32 top = __reduce_max_sync(kAll, high);
-    const u32 low = __reduce_max_sync(kAll, high == top ? static_cast<u32>(best.key) : 0u);
-    const bool wins = best.key == (u64{top} << 32 | low);
-    const i32 expert = static_cast<i32>(__reduce_min_sync(kAll, wins ? static_cast<u32>(best.expert) : ~0u));
+    const i32 owner = best_lane(best.first);
+    const i32 expert = __shfl_sync(kAll, best.first.expert, owner);
     if (lane == static_cast<u32>(p)) mine = expert;
-    if (best.expert != expert) continue;
+    if (lane != static_cast<u32>(owner)) continue;
     keys[expert] = kTakenKey;
-    best = best_of_lane(keys, experts, lane);
+    best = {best.second, {kTakenKey, experts}};
+    if (best.first.key == kTakenKey) best = best_of_lane(keys, experts, lane);
   }
   return mine;
 }
 
 __device__ __forceinline__ f32 weigh(const Routing& routing, f64 score, i32 top_k) {
   f64 sum = 1e-20;
+#pragma unroll 1
   for (i32 p = 0; p < top_k; ++p) sum += __shfl_sync(kAll, score, p);
   const f64 factor = (routing.renormalise ? 1.0 / sum : 1.0) * routing.scale;
   return static_cast<f32>(score * factor);
 }
 
-__device__ __forceinline__ void write_pick(const DeviceSlots& a, i32 token, u32 lane, i32 id, f32 weight) {
-  if (lane >= static_cast<u32>(a.problem.top_k)) return;
-  const i64 pick = i64{token} * a.problem.top_k + lane;
-  a.out.ids[pick] = id;
-  a.out.weights[pick] = weight;
+// What lane p of a team's first warp has of pick p.
+struct Pick {
+  i32 id = -1;
+  f32 weight = 0.0f;
+};
+
+__device__ __forceinline__ bool has_pick(const DeviceSlots& a, const Team& team) {
+  return team.token >= 0 && team.rank == 0 && team.lane < static_cast<u32>(a.problem.top_k);
 }
 
-__device__ __forceinline__ void refuse_token(const DeviceSlots& a, i32 token, u32 lane, gpu::FaultKind kind,
+__device__ __forceinline__ i64 pick_index(const DeviceSlots& a, const Team& team) {
+  return i64{team.token} * a.problem.top_k + team.lane;
+}
+
+__device__ __forceinline__ void write_pick(const DeviceSlots& a, const Team& team, const Pick& pick) {
+  if (!has_pick(a, team)) return;
+  a.out.ids[pick_index(a, team)] = pick.id;
+  a.out.weights[pick_index(a, team)] = pick.weight;
+}
+
+__device__ __forceinline__ Pick refuse_token(const DeviceSlots& a, const Team& team, gpu::FaultKind kind,
                                              i32 position) {
-  const u64 key = gpu::fault_key(kind, token, position);
-  if (lane == 0) atomicMin(reinterpret_cast<unsigned long long*>(&a.fault->first), key);
-  write_pick(a, token, lane, kRefused, 0.0f);
+  const u64 key = gpu::fault_key(kind, team.token, position);
+  if (team.lane == 0) atomicMin(reinterpret_cast<unsigned long long*>(&a.fault->first), key);
+  return {kRefused, 0.0f};
 }
 
-__device__ __forceinline__ void pick_from_logits(const DeviceSlots& a, i32 token, u32 lane, const WarpMemory& memory) {
+// `sync` meets all warps of the team; teams of a block keep step.
+template <class Sync>
+__device__ __forceinline__ Pick pick_from_logits(const DeviceSlots& a, const Team& team, Sync sync) {
   const Problem& problem = a.problem;
-  const i32 experts = problem.experts;
-  const void* row = a.in.logits.row(token);
-  u64* keys = memory.keys;
-  Softmax softmax;
-  if (!read_logits(a, row, lane, keys, &softmax.largest)) {
-    return refuse_token(a, token, lane, gpu::FaultKind::logits, 0);
+  const bool real = team.token >= 0;
+  if (real) survey_logits(a, team);
+  sync();
+  const f32 largest = real ? largest_of(team) : 0.0f;
+  if (problem.routing.score == Score::softmax) {
+    if (real) write_exps(team, problem.experts, largest);
+    sync();
+    const f64 sum = real ? sum_exps(team, problem.experts) : 0.0;
+    sync();
+    if (real) write_shares(a, team, sum);
+    sync();
   }
-  const Score score = problem.routing.score;
-  if (score == Score::softmax) softmax.sum = sum_exp(keys, experts, lane, softmax.largest);
-#pragma unroll 4
-  for (i32 e = lane; e < experts; e += 32) {
-    const f64 s = score_of(score, __longlong_as_double(static_cast<i64>(keys[e])), softmax);
-    keys[e] = key_of(s + (a.in.bias != nullptr ? f64{a.in.bias[e]} : 0.0));
-  }
-  if (problem.routing.groups_kept < problem.routing.groups) {
-    __syncwarp();
-    mask_groups(problem, lane, memory);
-  }
-  const i32 id = take_best(keys, experts, problem.top_k, lane);
-  const f64 s = id < 0 ? 0.0 : score_of(score, gpu::read(row, a.in.logits.dtype, id), softmax);
-  write_pick(a, token, lane, id, weigh(problem.routing, s, problem.top_k));
+  if (team.rank != 0 || !real) return {};
+  if (!isfinite(largest)) return refuse_token(a, team, gpu::FaultKind::logits, 0);
+  if (problem.routing.groups_kept < problem.routing.groups) mask_groups(problem, team);
+  const i32 id = take_best(team.keys, problem.experts, problem.top_k, team.lane);
+  return {id, weigh(problem.routing, id < 0 ? 0.0 : team.scores[id], problem.top_k)};
 }
 
 __device__ __forceinline__ i64 read_id(const DeviceSlots& a, i32 token, u32 position) {
@@ -200,18 +286,20 @@ __device__ __forceinline__ i64 read_id(const DeviceSlots& a, i32 token, u32 posi
                                               : i64{reinterpret_cast<const i32*>(row)[position]};
 }
 
-__device__ __forceinline__ void copy_picks(const DeviceSlots& a, i32 token, u32 lane) {
-  const bool real = lane < static_cast<u32>(a.problem.top_k);
-  const i64 id = real ? read_id(a, token, lane) : -1;
+__device__ __forceinline__ Pick copy_picks(const DeviceSlots& a, const Team& team) {
+  const bool real = team.lane < static_cast<u32>(a.problem.top_k);
+  const i64 id = real ? read_id(a, team.token, team.lane) : -1;
   const u32 bad = __ballot_sync(kAll, id < -1 || id >= a.problem.experts);
-  if (bad != 0) return refuse_token(a, token, lane, gpu::FaultKind::id, __ffs(static_cast<int>(bad)) - 1);
-  const f32 weight = id < 0 ? 0.0f : gpu::read(a.in.weights.row(token), a.in.weights.dtype, lane);
-  write_pick(a, token, lane, static_cast<i32>(id), weight);
+  if (bad != 0) return refuse_token(a, team, gpu::FaultKind::id, __ffs(static_cast<int>(bad)) - 1);
+  if (id < 0) return {};
+  return {static_cast<i32>(id), gpu::read(a.in.weights.row(team.token), a.in.weights.dtype, team.lane)};
 }
 
-__device__ __forceinline__ void pick_token(const DeviceSlots& a, i32 token, u32 lane, const WarpMemory& memory) {
-  if (a.in.logits.data == nullptr) copy_picks(a, token, lane);
-  else pick_from_logits(a, token, lane, memory);
+// What has_pick() lanes then write.
+template <class Sync>
+__device__ __forceinline__ Pick pick_token(const DeviceSlots& a, const Team& team, Sync sync) {
+  if (a.in.logits.data != nullptr) return pick_from_logits(a, team, sync);
+  return team.token >= 0 && team.rank == 0 ? copy_picks(a, team) : Pick{};
 }
 
 // One thread, after all picks of the call and before its end: the value that the sentence names.

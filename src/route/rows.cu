@@ -2,17 +2,18 @@
 //
 // A thread has an octet of a token's columns, reads it once and writes it to each of the token's slots; two threads
 // side by side have a block of 16, whose scale they share.
-#include "format/quantise.h"
 #include "gpu/launch.cuh"
 #include "gpu/rows.h"
 #include "gpu/values.cuh"
 #include "route/device.h"
+#include "route/quantise.cuh"
 
 namespace fourmoe::route {
 namespace {
 
 constexpr i32 kThreads = 128;
 constexpr i32 kBatch = 8;  // slots looked up together
+constexpr u32 kAll = 0xffffffffu;
 
 struct Place {
   i64 row;
@@ -66,43 +67,31 @@ __global__ void __launch_bounds__(kThreads) gather_tokens(const DeviceTokens a) 
   }
 }
 
-struct Codes {
-  u32 codes;  // eight, the first in the low nibble
-  u8 scale;   // of the block that two lanes share
-};
-
-// Magnitudes are ordered like their bits, and a NaN's are the largest. All lanes call it.
-__device__ __forceinline__ Codes quantise_octet(const f32 (&x)[8], f32 global) {
-  u32 largest = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffffu);
-  largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-  Codes out = {0, format::block_scale(__uint_as_float(largest), global)};
-  const f32 step = format::from_e4m3(out.scale) * global;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out.codes |= u32{format::to_e2m1(x[i] / step)} << 4 * i;
-  return out;
-}
-
-__device__ __forceinline__ uint4 decode_octet(const Codes& q) {
-  const f32 scale = format::from_e4m3(q.scale);
-  f32 x[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = gpu::from_e2m1(q.codes >> 4 * i) * scale;
-  return gpu::octet_bf16(x);
-}
-
 // [rows, columns] codes, scales and decoded values, of which octet `index` is written.
-struct Quantised {
+struct To {
   u8* codes;
   u8* scales;
   u16* rows;  // may be null
 };
 
-__device__ __forceinline__ void store(const Quantised& to, i64 index, const Codes& q) {
+__device__ __forceinline__ void store(const To& to, i64 index, const Quantised& q) {
   reinterpret_cast<u32*>(to.codes)[index] = q.codes;
   if (index % 2 == 0) to.scales[index / 2] = q.scale;
-  if (to.rows != nullptr) reinterpret_cast<uint4*>(to.rows)[index] = decode_octet(q);
+  if (to.rows != nullptr) reinterpret_cast<uint4*>(to.rows)[index] = q.bf16;
+}
+
+// Where a pick goes and how its token is scaled.
+struct Target {
+  i32 slot;  // negative for nowhere
+  f32 weight;
+  f32 global;
+};
+
+__device__ __forceinline__ Target target_of(const DeviceTokens& a, i64 pick) {
+  const i32 slot = a.slots.pick_slot[pick];
+  if (slot < 0) return {slot, 0.0f, 0.0f};
+  const f32 weight = a.problem.routing.weight_on_input ? a.slots.weights[pick] : 1.0f;
+  return {slot, weight, a.input_scales[a.slots.ids[pick] - a.problem.first_expert]};
 }
 
 __global__ void __launch_bounds__(kThreads) quantise_tokens(const DeviceTokens a) {
@@ -113,14 +102,18 @@ __global__ void __launch_bounds__(kThreads) quantise_tokens(const DeviceTokens a
   const bool real = at.octet < octets;
   f32 token[8];
   gpu::load_octet(a.hidden.row(at.row), a.hidden.dtype, real ? at.octet : 0, token);
-  for (i64 pick = at.row * problem.top_k; pick < (at.row + 1) * problem.top_k; ++pick) {
-    const i32 slot = a.slots.pick_slot[pick];
+  const i32 lane = static_cast<i32>(threadIdx.x % 32);
+  Target mine = {-1, 0.0f, 0.0f};  // of pick `lane`
+  if (lane < problem.top_k) mine = target_of(a, at.row * problem.top_k + lane);
+  for (i32 p = 0; p < problem.top_k; ++p) {
+    const i32 slot = __shfl_sync(kAll, mine.slot, p);
+    const f32 weight = __shfl_sync(kAll, mine.weight, p);
+    const f32 global = __shfl_sync(kAll, mine.global, p);
     if (slot < 0) continue;
-    const f32 weight = problem.routing.weight_on_input ? a.slots.weights[pick] : 1.0f;
     f32 x[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = token[i] * weight;
-    const Codes q = quantise_octet(x, a.input_scales[a.slots.ids[pick] - problem.first_expert]);
+    const Quantised q = quantise_octet(x, global);
     if (real) store({a.slots.codes, a.slots.scales, a.rows}, slot * octets + at.octet, q);
   }
 }
@@ -139,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) quantise_slots(const DeviceRows a) {
   f32 x[8];
   gpu::load_octet(a.values, format::Dtype::f32, index, x);
   const i32 expert = a.slots.ids[a.slots.slot_pick[at.row]] - a.problem.first_expert;
-  const Codes q = quantise_octet(x, a.globals[expert]);
+  const Quantised q = quantise_octet(x, a.globals[expert]);
   if (real) store({a.codes, a.scales, a.rows}, index, q);
 }
 
@@ -149,8 +142,8 @@ __global__ void __launch_bounds__(kThreads) dequantise_slots(const DeviceRows a)
   const i64 octets = a.columns / 8;
   if (!in_use(a, at.row) || at.octet >= octets) return;
   const i64 index = at.row * octets + at.octet;
-  const Codes q = {reinterpret_cast<const u32*>(a.codes)[index], a.scales[index / 2]};
-  reinterpret_cast<uint4*>(a.rows)[index] = decode_octet(q);
+  const u32 codes = reinterpret_cast<const u32*>(a.codes)[index];
+  reinterpret_cast<uint4*>(a.rows)[index] = decode_octet(codes, a.scales[index / 2]);
 }
 
 Status launch_rows(const char* name, void (*kernel)(DeviceRows), const DeviceRows& args, void* stream) {

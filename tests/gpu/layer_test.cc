@@ -400,6 +400,14 @@ TEST_F(BadCall, AnIdOutOfRangeIsReportedByWaitOrByTheNextCall) {
   EXPECT_TRUE(cases::run_mirrored(layer_.get(), data_->view(&output_, Dtype::f32)).ok());
 }
 
+TEST_F(BadCall, AFaultOfALaterPassSaysWhatItCounts) {
+  spec_.tokens = 300;
+  cases::Call call(spec_);
+  call.ids[130 * 2] = -7;
+  expect(cases::run_mirrored(layer_.get(), call.view(&output_, Dtype::f32)), Reason::pick_out_of_range,
+         "topk_ids[2, 0] is -7, expected -1 to 3 (counting from the first token of a pass of 128)");
+}
+
 TEST_F(BadCall, F16TokensAreRefusedWithWhatWouldPass) {
   spec_.hidden = Dtype::f16;
   const cases::Call call(spec_);

@@ -75,6 +75,14 @@ TEST(DeviceRoute, EveryFormOfRouting) {
   }
 }
 
+// Every kernel once or twice, for sanitizers: they take minutes for the rest.
+TEST(DeviceRoute, SmallCalls) {
+  FOURMOE_NEEDS_DEVICE();
+  for (const i32 tokens : {3, 20, 150}) {
+    for (const i32 form : {0, 2, 5, 6}) check_form(forms()[form], 64, 8, tokens);
+  }
+}
+
 TEST(DeviceRoute, ManyTokens) {
   FOURMOE_NEEDS_DEVICE();
   check_form(forms()[2], 256, 8, 5000);

@@ -226,6 +226,45 @@ TEST(DeviceRows, QuantisedIntermediate) {
   }
 }
 
+// Values at, just below and just above every tie of E2M1, of either sign, for steps from 2^-110 to 2^110: a division
+// that is not correctly rounded gives other codes.
+TEST(DeviceRows, QuantisedTies) {
+  FOURMOE_NEEDS_DEVICE();
+  const i32 cols = 1024;
+  Slots s(cols, 300, 8);
+  std::mt19937_64 random(1);
+  for (f32& global : s.input_scales)
+    global = std::ldexp(1.0f + static_cast<f32>(random() % 999) / 999.0f, -110 + static_cast<int>(random() % 220));
+  std::vector<f32> x(s.most() * cols);
+  for (i64 block = 0; block < static_cast<i64>(x.size()) / 16; ++block) {
+    const i64 slot = block * 16 / cols;
+    const f32 global =
+        slot < s.used() ? s.input_scales[s.host.ids[s.host.slot_pick[slot]] - s.problem.first_expert] : 1.0f;
+    const f32 ties[] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
+    f32* values = x.data() + block * 16;
+    values[0] =
+        std::ldexp(1.0f + static_cast<f32>(random() % 4096) / 4096.0f, static_cast<int>(random() % 14)) * global;
+    const f32 step = format::from_e4m3(format::block_scale(values[0], global)) * global;
+    for (int i = 1; i < 15; ++i) {
+      const f32 tie = ties[random() % 7] * step;
+      const int away = static_cast<int>(random() % 5) - 2;
+      values[i] = std::bit_cast<f32>(std::bit_cast<i32>(tie) + away) * (random() % 2 == 0 ? 1.0f : -1.0f);
+      if (!(std::fabs(values[i]) <= values[0])) values[i] = -0.0f;
+    }
+    values[15] = -std::ldexp(step, -150 + static_cast<int>(random() % 3));  // rounds to -0, or does not
+  }
+  const Device<f32> values(x), globals(s.input_scales);
+  const Quantised got(s.most(), cols);
+  ASSERT_TRUE(route::launch_quantise_rows({s.problem, 300, cols, values.get(), s.device.args.out, globals.get(),
+                                           got.codes.get(), got.scales.get(), got.rows.get()},
+                                          nullptr)
+                  .ok());
+  check_quantised(got, s.used(), cols, [&](i64 slot, f32* row) {
+    std::copy_n(x.data() + slot * cols, cols, row);
+    return s.input_scales[s.host.ids[s.host.slot_pick[slot]] - s.problem.first_expert];
+  });
+}
+
 // Host and device sums, all bits; the device's token 0 is refused when `refused`.
 void check_combine(const Size& size, Dtype type, bool with_addend, bool weighted, bool refused) {
   Slots s(size.hidden, size.tokens, weighted ? 1 : size.top_k, weighted);
