@@ -50,9 +50,9 @@ Format format_of(Element element) {
 
 // The exchange API of an object's type, or null. Each thread remembers the last type that it asked.
 const exchange::Api* api_of(nb::handle object) {
-  thread_local PyTypeObject* last_type = nullptr;
+  thread_local PyObject* last_type = nullptr;
   thread_local const exchange::Api* last_api = nullptr;
-  PyTypeObject* type = Py_TYPE(object.ptr());
+  PyObject* type = object.type().ptr();
   if (type == last_type) return last_api;
   const exchange::Api* api = nullptr;
   if (const nb::object capsule = nb::getattr(object.type(), "__dlpack_c_exchange_api__", nb::object());
