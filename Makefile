@@ -7,7 +7,7 @@ CUDA ?= 0
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo format check bench fuzz install clean configure
+.PHONY: help build test demo format check bench fuzz wheel install clean configure
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ bench: build ## measure a Qwen3-30B layer on this CPU; the record goes to $(BUIL
 fuzz: ## fuzz each parser for FUZZ_SECONDS (60)
 	@scripts/install_deps.sh build clang
 	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+wheel: ## build the Python package as a wheel in dist/ and try it in an empty environment
+	@scripts/install_deps.sh build
+	@scripts/wheel.sh "$$(scripts/find_python.sh)" $(if $(filter 1,$(CUDA)),cuda)
 
 install: build ## install the library and the command under PREFIX (/usr/local)
 	@cmake --install $(BUILD) --prefix $(PREFIX)

@@ -31,6 +31,19 @@ done
 echo "== a layer of the shipped model"
 "$build/fourmoe" verify examples/tiny-moe/nvfp4 --layer 0 --backend sm90
 
+echo "== the Python package"
+if [ -f "$build/python/cmake_install.cmake" ]; then  # configured where python3 has nanobind
+  cmake --build "$build" --target fourmoe_package > "$build/log" 2>&1 || { grep -A 20 FAILED "$build/log" >&2; exit 1; }
+  export PYTHONPATH=$build/python
+  for name in python_package python_torch flashinfer transformers; do
+    FOURMOE_COMMAND="$build/fourmoe" python3 "tests/python/${name}_test.py" 2> "$build/log" || { cat "$build/log" >&2; exit 1; }
+    echo "$name: $(tail -n 1 "$build/log")"
+  done
+  python3 bench/python_overhead.py --check --output "$out/python-overhead.json"
+else
+  echo "not built: python3 here has no nanobind"
+fi
+
 echo "== ceilings"
 python3 bench/sm90/ceilings.py --output "$out/sm90-ceilings.json" --plot "$out/sm90-ceilings.svg" 2> "$build/log" |
   head -n 4

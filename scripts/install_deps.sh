@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs the Debian packages of the named groups that are missing. Says nothing when none is.
-# Usage: scripts/install_deps.sh [build] [test] [check] [clang]      (default: build)
+# Usage: scripts/install_deps.sh [build] [test] [numpy] [python] [check] [clang]      (default: build)
 set -euo pipefail
 
 packages_of() {
@@ -8,6 +8,7 @@ packages_of() {
     build) echo g++ cmake ninja-build libtbb-dev libfmt-dev nlohmann-json3-dev libcli11-dev ;;
     test) echo libgtest-dev python3 pkg-config binutils ;;
     numpy) echo python3-numpy ;;
+    python) echo python3-dev python3-venv python3-pip ;;
     check) echo clang-format-14 python3 ;;
     clang) echo clang-14 libclang-rt-14-dev ;;
     *) echo "install_deps.sh: unknown group '$1'" >&2; exit 2 ;;

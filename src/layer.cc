@@ -134,6 +134,20 @@ i64 Layer::packed_bytes() const { return impl_->home->packed_bytes(); }
 
 namespace {
 
+// Tokens that come quantised have no values for a router or for shared experts of another precision.
+Status check_quantised(const checkpoint::Layer& weights, const LayerCall& call) {
+  if (call.ids.empty() && call.logits.empty() && call.hidden.rows > 0) {
+    return refuse(Reason::argument_invalid, "hidden_scales is given; give topk_ids and topk_weights, or router_logits");
+  }
+  if (weights.shared)
+    return refuse(Reason::argument_invalid, "hidden_scales is given, but the layer has shared experts");
+  if (call.hidden_scales.rows != call.hidden.rows) {
+    return refuse(Reason::argument_invalid, fmt::format("hidden_scales has {} rows, hidden_states {}",
+                                                        call.hidden_scales.rows, call.hidden.rows));
+  }
+  return {};
+}
+
 // The views as a whole; plan::run checks each pass's part again, with its rows.
 Status check_call(const checkpoint::Layer& weights, const LayerCall& call) {
   const i64 tokens = call.hidden.rows;
@@ -159,11 +173,12 @@ Status check_call(const checkpoint::Layer& weights, const LayerCall& call) {
                   fmt::format("output has {} rows, hidden_states {}", call.output.rows, tokens));
   }
   if (call.hidden.empty() && tokens > 0) return refuse(Reason::argument_invalid, "hidden_states is null");
-  if (!call.hidden.empty() && call.hidden.cols != weights.problem.hidden) {
-    return refuse(Reason::argument_invalid, fmt::format("hidden_states is [{}, {}], expected [{}, {}]", tokens,
-                                                        call.hidden.cols, tokens, weights.problem.hidden));
+  const i64 cols = weights.problem.hidden / (call.hidden_scales.empty() ? 1 : 2);
+  if (!call.hidden.empty() && call.hidden.cols != cols) {
+    return refuse(Reason::argument_invalid,
+                  fmt::format("hidden_states is [{}, {}], expected [{}, {}]", tokens, call.hidden.cols, tokens, cols));
   }
-  return {};
+  return call.hidden_scales.empty() ? Status{} : check_quantised(weights, call);
 }
 
 }  // namespace
@@ -195,6 +210,7 @@ Status Layer::Impl::run_pass(const LayerCall& call, i64 begin, i64 count, const 
   args.weights = home->routed();
   args.tokens = static_cast<i32>(count);
   args.hidden = slice(call.hidden, begin, count);
+  args.hidden_scales = slice(call.hidden_scales, begin, count);
   args.picks.logits = slice(call.logits, begin, count);
   args.picks.ids = slice(call.ids, begin, count);
   args.picks.weights = slice(call.weights, begin, count);
@@ -270,6 +286,11 @@ bool same(const Problem& a, const Problem& b) {
          a.local_experts == b.local_experts && a.encoding == b.encoding && a.activation.kind == b.activation.kind;
 }
 
+std::string form_words(const Problem& p) {
+  return fmt::format("{} experts of [{}, {}] {}", p.local_experts, p.inter, p.hidden,
+                     format::encoding_name(p.encoding));
+}
+
 }  // namespace
 
 void Layer::refit(checkpoint::Layer weights) {
@@ -279,7 +300,10 @@ void Layer::refit(checkpoint::Layer weights) {
                     (!held.shared || same(weights.shared->problem, held.shared->problem)) &&
                     weights.router.empty() == held.router.empty() &&
                     weights.selection_bias.size() == held.selection_bias.size();
-  if (!fits) throw Error(Reason::tensor_mismatch, "the new weights are of a layer of other shapes");
+  if (!fits) {
+    throw Error(Reason::tensor_mismatch, fmt::format("the new weights are {}, expected {} as the layer's",
+                                                     form_words(weights.problem), form_words(held.problem)));
+  }
   impl_->weights = std::move(weights);
   impl_->home->refit();
 }

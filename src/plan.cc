@@ -166,6 +166,29 @@ Status check_tensor(const char* name, const Tensor& tensor, i64 rows, i64 cols, 
   return {};
 }
 
+// Tokens as values, or as codes with scales where the plan would quantise them itself.
+Status check_hidden(const Plan& plan, const Args& args) {
+  const Problem& p = plan.problem;
+  if (args.hidden_scales.empty()) {
+    return check_tensor("hidden_states", args.hidden, args.tokens, p.hidden, {Dtype::f32, Dtype::f16, Dtype::bf16});
+  }
+  if (p.precision != Precision::w4a4 || plan.machine.device >= 0 || p.routing.weight_on_input) {
+    return refuse(Reason::argument_invalid,
+                  "hidden_scales is given; w4a4 on the host without routing weights on the input would pass");
+  }
+  const i64 blocks = p.hidden / format::kNvfp4Block;
+  Status status = check_tensor("hidden_states", args.hidden, args.tokens, p.hidden / 2, {Dtype::u8});
+  if (status.ok()) status = check_tensor("hidden_scales", args.hidden_scales, args.tokens, blocks, {Dtype::u8});
+  for (i64 t = 0; status.ok() && t < args.tokens; ++t) {
+    const u8* scales = args.hidden_scales.row(t);
+    const u8* bad = std::find_if(scales, scales + blocks, [](u8 byte) { return byte > 0x7e; });
+    if (bad == scales + blocks) continue;
+    return refuse(Reason::scale_invalid,
+                  fmt::format("hidden_scales[{}, {}] is 0x{:02x}: NaN or negative", t, bad - scales, *bad));
+  }
+  return status;
+}
+
 Status check_args(const Plan& plan, const Args& args) {
   const Problem& p = plan.problem;
   if (args.tokens < 0 || args.tokens > p.max_tokens) {
@@ -176,7 +199,7 @@ Status check_args(const Plan& plan, const Args& args) {
                                                         args.weights.experts.size(), p.local_experts));
   }
   const auto floats = {Dtype::f32, Dtype::f16, Dtype::bf16};
-  Status status = check_tensor("hidden_states", args.hidden, args.tokens, p.hidden, floats);
+  Status status = check_hidden(plan, args);
   if (status.ok()) status = check_tensor("output", args.output.output, args.tokens, p.hidden, floats);
   const bool routed = !args.picks.logits.empty();
   if (routed != args.picks.ids.empty() && args.tokens > 0) {

@@ -63,12 +63,13 @@ class HostResidence final : public Residence {
   }
 
   void refit() override {
-    packed_.reset();  // one layer's packed weights at a time
-    packed_shared_.reset();
-    if (order_ != nullptr) packed_ = std::make_unique<weights::Packed>(layer_.experts, *order_, executor_);
-    if (order_shared_ == nullptr) return;
-    const std::span<weights::Expert> shared(&layer_.shared->expert, 1);
-    packed_shared_ = std::make_unique<weights::Packed>(shared, *order_shared_, executor_);
+    const auto pack = [&](std::span<weights::Expert> experts, const weights::Order* order, auto* packed) {
+      if (order == nullptr) return;
+      if (*packed) (*packed)->repack(experts, executor_);  // in the memory of the old ones
+      else *packed = std::make_unique<weights::Packed>(experts, *order, executor_);
+    };
+    pack(layer_.experts, order_, &packed_);
+    if (layer_.shared) pack({&layer_.shared->expert, 1}, order_shared_, &packed_shared_);
   }
 
  private:

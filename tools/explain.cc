@@ -6,10 +6,9 @@
 #include "checkpoint/checkpoint.h"
 #include "command.h"
 #include "describe.h"
+#include "explain_text.h"
 #include "machine.h"
 #include "plan.h"
-#include "quantity.h"
-#include "table.h"
 
 namespace fourmoe::tools {
 namespace {
@@ -44,53 +43,7 @@ Problem read_problem(const Options& options, std::string* what) {
                                                                      options.layer, known.empty() ? "none" : known));
 }
 
-std::string verdict_words(const plan::Candidate& candidate) {
-  if (candidate.chosen) return "chosen";
-  return candidate.verdict.accepted() ? "accepts" : std::string(reason_name(candidate.verdict.reason));
-}
-
-std::string detail_words(const plan::Candidate& candidate, const Problem& problem, const Machine& target) {
-  if (!candidate.verdict.accepted()) return candidate.verdict.detail;
-  return candidate.step->describe == nullptr ? "" : candidate.step->describe(problem, target);
-}
-
-// The plan of the smallest calls where it is another; without steps elsewhere.
-plan::Plan plan_few(const plan::Plan& plan, const std::string& backend) {
-  plan::Plan few;
-  if (plan.problem.max_tokens <= plan::kFewTokens) return few;
-  Problem problem = plan.problem;
-  problem.max_tokens = plan::kFewTokens;
-  throw_unless_ok(plan::make(problem, plan.machine, {backend, {}}, &few));
-  if (few.steps == plan.steps) few.steps.clear();
-  return few;
-}
-
-void print_text(const std::string& what, const plan::Plan& plan, const plan::Plan& few, const Status& status) {
-  const Problem& p = plan.problem;
-  Facts facts;
-  facts.add("machine", machine_words(machine()));
-  for (const Device& device : machine().devices) facts.add("device", device_words(device));
-  facts.add("layer", what);
-  facts.add("problem", fmt::format("{}, {}, {}, {}", shape_words(p), activation_words(p.activation),
-                                   format::encoding_name(p.encoding), precision_name(p.precision)));
-  facts.add("routing", routing_words(p.routing));
-  facts.add("tokens", fmt::format("up to {}", p.max_tokens));
-  if (status.ok()) {
-    facts.add("plan", steps_words(plan));
-    if (!few.steps.empty()) facts.add(fmt::format("up to {} tokens", plan::kFewTokens), steps_words(few));
-    facts.add("workspace", bytes_text(plan.workspace_bytes));
-  } else {
-    facts.add("plan", "none");
-  }
-  fmt::print("{}\n", facts.text());
-  Table table({"step", "stages", "verdict", "detail"});
-  for (const plan::Candidate& c : plan.candidates) {
-    table.add({step_words(*c.step), span_words(c.step->span), verdict_words(c), detail_words(c, p, plan.machine)});
-  }
-  fmt::print("{}", table.text());
-}
-
-Json plan_json(const std::string& what, const plan::Plan& plan, const plan::Plan& few, const Status& status) {
+Json plan_json(const std::string& what, const plan::Plan& plan, const Status& status) {
   Json steps = Json::array();
   for (const plan::Candidate& c : plan.candidates) {
     steps.push_back({{"step", step_words(*c.step)},
@@ -107,6 +60,7 @@ Json plan_json(const std::string& what, const plan::Plan& plan, const plan::Plan
                {"plan", nullptr},
                {"workspace_bytes", nullptr}};
   if (status.ok()) {
+    const plan::Plan few = plan_few(plan);
     json["plan"] = steps_json(plan);
     json["plan_few"] = few.steps.empty() ? Json(nullptr) : steps_json(few);
     json["workspace_bytes"] = plan.workspace_bytes;
@@ -126,9 +80,8 @@ int run(const Options& options) {
   Machine target = machine();
   target.device = device_of(options.device, options.backend);
   const Status status = plan::make(problem, target, {options.backend, {}}, &plan);
-  const plan::Plan few = status.ok() ? plan_few(plan, options.backend) : plan::Plan{};
-  if (options.json) print_json(plan_json(what, plan, few, status));
-  else print_text(what, plan, few, status);
+  if (options.json) print_json(plan_json(what, plan, status));
+  else fmt::print("{}", explain_text(what, plan, status));
   std::fflush(stdout);
   throw_unless_ok(status);
   return kSuccess;

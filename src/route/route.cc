@@ -209,6 +209,13 @@ void quantise(const Args& args) {
     std::vector<f32> x(hidden);
     for (i64 slot = task * kTokensPerTask; slot < std::min(slots, (task + 1) * kTokensPerTask); ++slot) {
       const i64 pick = args.slots.slot_pick[slot];
+      if (!args.hidden_scales.empty()) {  // quantised by the caller
+        const i64 token = pick / problem.top_k;
+        std::memcpy(args.slots.codes + slot * (hidden / 2), args.hidden.row(token), hidden / 2);
+        std::memcpy(args.slots.scales + slot * (hidden / format::kNvfp4Block), args.hidden_scales.row(token),
+                    hidden / format::kNvfp4Block);
+        continue;
+      }
       const f32 weight = problem.routing.weight_on_input ? args.slots.weights[pick] : 1.0f;
       const f32 global = args.weights.experts[args.slots.ids[pick] - problem.first_expert].input_scale;
       const u8* row = args.hidden.row(pick / problem.top_k);

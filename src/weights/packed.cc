@@ -193,11 +193,19 @@ void unpack(PanelFormat format, const Order& order, i32 rows, i32 cols, const st
 
 void Packed::Free::operator()(std::byte* p) const { std::free(p); }
 
-Packed::Packed(std::span<Expert> experts, const Order& order, Executor& executor) {
+Packed::Packed(std::span<Expert> experts, const Order& order, Executor& executor) : order_(order) {
   const Layout layout = lay_out(experts, order);
-  const i64 count = static_cast<i64>(experts.size());
-  bytes_ = count * (layout.gemm1_bytes() + layout.gemm2_bytes());
+  bytes_ = static_cast<i64>(experts.size()) * (layout.gemm1_bytes() + layout.gemm2_bytes());
   memory_.reset(allocate(bytes_));
+  repack(experts, executor);
+}
+
+void Packed::repack(std::span<Expert> experts, Executor& executor) {
+  const Layout layout = lay_out(experts, order_);
+  const i64 count = static_cast<i64>(experts.size());
+  if (count * (layout.gemm1_bytes() + layout.gemm2_bytes()) != bytes_) {
+    throw Error(Reason::internal, "experts of another number, shape or encoding were packed before");
+  }
   std::byte* const gemm1 = memory_.get();
   std::byte* const gemm2 = gemm1 + count * layout.gemm1_bytes();
   for (i64 e = 0; e < count; ++e) {
@@ -212,7 +220,7 @@ Packed::Packed(std::span<Expert> experts, const Order& order, Executor& executor
     const Expert& expert = experts[e];
     const auto pack = [&](const Matrix& matrix, i32 panels, std::byte* out, i64 stride) {
       const i32 n = std::min(kPanelsATask, panels - first);
-      if (n > 0) pack_panels(matrix, order, first, n, out + first * stride, stride);
+      if (n > 0) pack_panels(matrix, order_, first, n, out + first * stride, stride);
     };
     const i64 pair = layout.gemm1_panel * layout.halves;
     std::byte* const blob = gemm1 + e * layout.gemm1_bytes();

@@ -60,6 +60,14 @@ Row token(const Args& args, i64 pick, const weights::Expert& expert) {
   const f32 weight = args.slots.weights[pick];
   const u8* row = args.hidden.row(pick / problem.top_k);
   Row x(problem.hidden);
+  if (!args.hidden_scales.empty()) {  // quantised by the caller
+    const u8* scales = args.hidden_scales.row(pick / problem.top_k);
+    for (i64 k = 0; k < problem.hidden; ++k) {
+      x[k] = f64{format::from_e2m1(format::code_at(row, k))} * format::from_e4m3(scales[k / format::kNvfp4Block]) *
+             expert.input_scale;
+    }
+    return x;
+  }
   for (i64 k = 0; k < problem.hidden; ++k) x[k] = format::read(row, args.hidden.dtype, k);
   const bool weighted = problem.routing.weight_on_input;
   if (problem.precision == Precision::w4a4) {

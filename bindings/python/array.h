@@ -1,0 +1,66 @@
+// Array: any framework's array as a view, and new arrays of the same framework, through DLPack.
+//
+// torch and others that offer DLPack's C exchange API are read without a Python call; all others go through nanobind's
+// ndarray (`__dlpack__` or the buffer protocol). No framework's header is needed.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "format/tensor.h"
+#include "weights/splits.h"
+
+namespace fourmoe::python {
+
+namespace nb = nanobind;
+using weights::Element;
+
+inline constexpr i32 kMostDimensions = 8;
+
+// A view; the Python object that it was made from must outlive it.
+struct Array {
+  const char* name = "";  // of the argument, for messages; a literal
+  u8* data = nullptr;     // may be null only when some extent is 0
+  Element element = Element::other;
+  i32 rank = 0;
+  std::array<i64, kMostDimensions> shape{};
+  std::array<i64, kMostDimensions> strides{};  // elements
+  i32 device = -1;                             // -1: host memory, else index of a CUDA device
+  nb::object owner;                            // keeps an import alive where the exchange API was not used
+
+  i64 count() const;
+};
+
+// How an argument may be used.
+enum class Access { read, write };
+
+// Throws Error(argument_invalid, dtype_unsupported) naming the argument when the object is no array, has too many
+// dimensions, lies on a device that is neither the host nor CUDA, or is read-only and to be written.
+Array view(const char* name, nb::handle object, Access access = Access::read);
+
+// A matrix argument of the layer's call: two dimensions, rows contiguous, one of the element types. An empty Tensor for
+// None. `device` is where the layer lives.
+format::Tensor matrix(const char* name, nb::handle object, i32 device, std::initializer_list<Element> elements,
+                      Access access = Access::read);
+
+// A weight argument: None, one array or a list of them. Appends what keeps the memory alive to *held.
+weights::Splits splits(const char* name, nb::handle object, std::vector<nb::object>* held);
+
+// A new array of the framework and device of `like`; numpy's for frameworks whose arrays cannot be written.
+nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element element);
+
+// numpy to the framework of `like`, where empty_like had to make a numpy array; else the array itself.
+nb::object back_to(nb::handle like, nb::object made);
+
+// "cpu" to -1, "cuda" or "cuda:N" to N; also what str(torch.device) gives. Throws Error(argument_invalid).
+i32 parse_device(const std::string& words);
+std::string device_words(i32 device);
+
+// The stream of a call: `stream` as an integer, or an object with `cuda_stream`, `ptr` or `__cuda_stream__`; where it
+// is None, the current stream of the framework of `like`. Null for the host and for the default stream.
+void* stream_of(nb::handle stream, nb::handle like, i32 device);
+
+}  // namespace fourmoe::python

@@ -1,0 +1,237 @@
+#include "bindings/python/py_layer.h"
+
+#include <fmt/format.h>
+
+#include <map>
+
+#include "explain_text.h"
+#include "status.h"
+
+namespace fourmoe::python {
+namespace {
+
+constexpr auto kFloats = {Element::f32, Element::f16, Element::bf16};
+constexpr auto kIds = {Element::i32, Element::i64};
+
+struct Registry {
+  std::mutex mutex;
+  std::map<i64, PyLayer*> layers;
+  i64 last = 0;
+};
+
+Registry& registry() {
+  static Registry all;
+  return all;
+}
+
+// Of the output for tokens of a type; bf16 for quantised ones.
+Element element_of(format::Dtype dtype) {
+  if (dtype == format::Dtype::f16) return Element::f16;
+  return dtype == format::Dtype::f32 ? Element::f32 : Element::bf16;
+}
+
+i64 bytes_of(const format::Tensor& t) {
+  if (t.empty() || t.rows == 0) return 0;
+  return ((t.rows - 1) * t.stride + t.cols) * format::dtype_bytes(t.dtype);
+}
+
+void check_apart(const char* name, const format::Tensor& in, const format::Tensor& out) {
+  const u8* a = static_cast<const u8*>(in.data);
+  const u8* b = static_cast<const u8*>(out.data);
+  if (bytes_of(in) == 0 || bytes_of(out) == 0 || a + bytes_of(in) <= b || b + bytes_of(out) <= a) return;
+  throw Error(Reason::argument_invalid, fmt::format("out shares memory with {}, expected memory of its own", name));
+}
+
+void check_out(const format::Tensor& out, i64 tokens, i64 hidden) {
+  if (out.rows >= tokens && out.cols == hidden) return;
+  throw Error(Reason::argument_invalid,
+              fmt::format("out is [{}, {}], expected [{}, {}] or more rows", out.rows, out.cols, tokens, hidden));
+}
+
+Workspace workspace_of(nb::handle object, i32 device, i64 needed) {
+  if (object.is_none()) return {};
+  const Array array = view("workspace", object, Access::write);
+  const bool bytes = array.element == Element::u8 && array.rank == 1 && (array.strides[0] == 1 || array.shape[0] <= 1);
+  if (!bytes || array.device != device) {
+    throw Error(
+        Reason::argument_invalid,
+        fmt::format("workspace is {}-dimensional {} on {}, expected contiguous 1-dimensional u8 on {}", array.rank,
+                    weights::element_name(array.element), device_words(array.device), device_words(device)));
+  }
+  const i64 skipped = -reinterpret_cast<std::intptr_t>(array.data) & (kWorkspaceAlignment - 1);
+  if (array.shape[0] - skipped < needed) {
+    throw Error(Reason::workspace_too_small, fmt::format("workspace has {} bytes, expected {} (workspace_bytes())",
+                                                         array.shape[0], needed + kWorkspaceAlignment - 1));
+  }
+  return {reinterpret_cast<std::byte*>(array.data) + skipped, array.shape[0] - skipped};
+}
+
+LayerCall convert(const CallArguments& arguments, i32 device) {
+  LayerCall call;
+  if (arguments.hidden_states.is_none()) throw Error(Reason::argument_invalid, "hidden_states is None");
+  const bool quantised = !arguments.hidden_scales.is_none();
+  call.hidden = quantised ? matrix("hidden_states", arguments.hidden_states, device, {Element::u8})
+                          : matrix("hidden_states", arguments.hidden_states, device, kFloats);
+  call.hidden_scales = matrix("hidden_scales", arguments.hidden_scales, device, {Element::e4m3, Element::u8});
+  call.ids = matrix("topk_ids", arguments.topk_ids, device, kIds);
+  call.weights = matrix("topk_weights", arguments.topk_weights, device, kFloats);
+  call.logits = matrix("router_logits", arguments.router_logits, device, kFloats);
+  return call;
+}
+
+// The columns of what chooses the experts, named before anything is computed or made.
+void check_routes(const LayerCall& call, const Problem& p) {
+  const auto check = [&](const char* name, const format::Tensor& t, i64 cols) {
+    if (t.empty() || (t.rows == call.hidden.rows && t.cols == cols)) return;
+    throw Error(Reason::argument_invalid,
+                fmt::format("{} is [{}, {}], expected [{}, {}]", name, t.rows, t.cols, call.hidden.rows, cols));
+  };
+  const bool quantised = call.hidden.dtype == format::Dtype::u8;
+  check("hidden_states", call.hidden, quantised ? p.hidden / 2 : p.hidden);
+  check("hidden_scales", call.hidden_scales, p.hidden / format::kNvfp4Block);
+  check("topk_ids", call.ids, p.top_k);
+  check("topk_weights", call.weights, p.top_k);
+  check("router_logits", call.logits, p.experts);
+}
+
+}  // namespace
+
+Precision parse_precision(const std::string& word) {
+  for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
+    if (word == precision_name(precision)) return precision;
+  }
+  throw Error(Reason::argument_invalid, fmt::format("precision is '{}', expected 'w4a16' or 'w4a4'", word));
+}
+
+PyLayer::PyLayer(checkpoint::Layer source, const Choices& choices, std::string what, std::vector<nb::object> held)
+    : choices_(choices), what_(std::move(what)), executor_(&tbb_executor(choices.threads)), held_(std::move(held)) {
+  {
+    const nb::gil_scoped_release unlocked;
+    layer_ = std::make_unique<Layer>(std::move(source), options(choices.precision, choices.plan));
+  }
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  handle_ = ++registry().last;
+  registry().layers[handle_] = this;
+}
+
+PyLayer::~PyLayer() {
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  registry().layers.erase(handle_);
+}
+
+PyLayer* PyLayer::find(i64 handle) {
+  const std::lock_guard<std::mutex> lock(registry().mutex);
+  const auto found = registry().layers.find(handle);
+  return found == registry().layers.end() ? nullptr : found->second;
+}
+
+LayerOptions PyLayer::options(Precision precision, const std::string& plan) const {
+  LayerOptions options;
+  options.backend = plan;
+  options.precision = precision;
+  options.max_tokens = choices_.max_tokens;
+  options.executor = executor_;
+  options.device = choices_.device;
+  return options;
+}
+
+// The layer itself, or one for another precision or plan, which packs the same weights once more at its first call.
+Layer& PyLayer::choose(const std::optional<std::string>& precision_word, const std::optional<std::string>& plan_word) {
+  const Precision precision = precision_word ? parse_precision(*precision_word) : choices_.precision;
+  const std::string& plan = plan_word ? *plan_word : choices_.plan;
+  if (precision == choices_.precision && plan == choices_.plan) return *layer_;
+  const nb::gil_scoped_release unlocked;
+  const std::shared_lock<std::shared_mutex> no_refit(refit_mutex_);
+  const std::lock_guard<std::mutex> lock(variants_mutex_);
+  for (Variant& known : variants_) {
+    if (known.precision == precision && known.plan == plan) return *known.layer;
+  }
+  variants_.push_back({precision, plan, std::make_unique<Layer>(layer_->weights(), options(precision, plan))});
+  return *variants_.back().layer;
+}
+
+nb::object PyLayer::call(const CallArguments& arguments) {
+  LayerCall call = convert(arguments, choices_.device);
+  const Problem& p = problem();
+  check_routes(call, p);
+  const bool own = arguments.out.is_none();
+  nb::object out =
+      own ? empty_like(arguments.hidden_states, {call.hidden.rows, p.hidden}, element_of(call.hidden.dtype))
+          : nb::borrow(arguments.out);
+  call.output = matrix("out", out, choices_.device, kFloats, Access::write);
+  check_out(call.output, call.hidden.rows, p.hidden);
+  check_apart("hidden_states", call.hidden, call.output);
+  check_apart("topk_ids", call.ids, call.output);
+  check_apart("topk_weights", call.weights, call.output);
+  check_apart("router_logits", call.logits, call.output);
+  call.stream = stream_of(arguments.stream, arguments.hidden_states, choices_.device);
+  Layer& layer = choose(arguments.precision, arguments.plan);
+  const Workspace workspace = workspace_of(arguments.workspace, choices_.device, layer.workspace_bytes());
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;
+    const std::shared_lock<std::shared_mutex> lock(refit_mutex_);
+    status = layer.run(call, workspace);
+  }
+  throw_unless_ok(status);
+  return own ? back_to(arguments.hidden_states, std::move(out)) : out;
+}
+
+void PyLayer::refit(weights::Assembled assembled, std::vector<nb::object> held) {
+  {
+    const nb::gil_scoped_release unlocked;
+    const std::unique_lock<std::shared_mutex> lock(refit_mutex_);
+    const std::lock_guard<std::mutex> variants_lock(variants_mutex_);
+    checkpoint::Layer next = layer_->weights();
+    next.experts = std::move(assembled.experts);
+    next.owner = std::move(assembled.owner);
+    next.problem.hidden = assembled.hidden;
+    next.problem.inter = assembled.inter;
+    next.problem.local_experts = static_cast<i32>(next.experts.size());
+    next.problem.encoding = assembled.encoding;
+    layer_->refit(next);
+    for (Variant& known : variants_) known.layer->refit(next);
+    held_.swap(held);  // counts no references, so it needs no interpreter lock; the old ones go at the end
+  }
+}
+
+i64 PyLayer::workspace_bytes(i64 tokens, const std::optional<std::string>& precision,
+                             const std::optional<std::string>& plan) {
+  if (tokens < 0) throw Error(Reason::argument_invalid, fmt::format("tokens is {}, expected at least 0", tokens));
+  return choose(precision, plan).workspace_bytes() + kWorkspaceAlignment - 1;
+}
+
+void PyLayer::wait(nb::handle stream) {
+  void* address = stream_of(stream, nb::none(), choices_.device);
+  Status status;
+  {
+    const nb::gil_scoped_release unlocked;
+    const std::shared_lock<std::shared_mutex> lock(refit_mutex_);
+    status = layer_->wait(address);
+    const std::lock_guard<std::mutex> variants_lock(variants_mutex_);
+    for (Variant& known : variants_) {
+      if (status.ok()) status = known.layer->wait(address);
+    }
+  }
+  throw_unless_ok(status);
+}
+
+std::string PyLayer::explain(i64 tokens) const {
+  Problem p = problem();
+  if (tokens < 0 || tokens > (1 << 24)) {
+    throw Error(Reason::argument_invalid, fmt::format("tokens is {}, expected 0 to {}", tokens, 1 << 24));
+  }
+  p.max_tokens = static_cast<i32>(tokens);
+  plan::Plan made;
+  const Status status = plan::make(p, layer().plan().machine, {choices_.plan, {}}, &made);
+  return tools::explain_text(what_, made, status);
+}
+
+std::string PyLayer::repr() const {
+  const Problem& p = problem();
+  return fmt::format("<fourmoe.Layer: {}; hidden {}, inter {}, {} experts ({} here), top-{}, {}, {}, {}, on {}>", what_,
+                     p.hidden, p.inter, p.experts, p.local_experts, p.top_k, activation_name(p.activation.kind),
+                     format::encoding_name(p.encoding), precision_name(p.precision), device_words(choices_.device));
+}
+
+}  // namespace fourmoe::python

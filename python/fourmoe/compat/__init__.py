@@ -1,0 +1,1 @@
+"""Faces of other libraries: their names, arguments and layouts, computed by fourmoe."""
