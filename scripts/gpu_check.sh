@@ -49,7 +49,9 @@ python3 bench/sm90/ceilings.py --output "$out/sm90-ceilings.json" --plot "$out/s
   head -n 4
 
 echo "== speed of the GEMMs"
-"$build/fourmoe_bench_gemms" > "$build/rows"
+for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron3-nano; do  # all token counts and tiles: `gemms sweep`, minutes
+  "$build/fourmoe_bench_gemms" "$shape" 1 8 64 512 1024 4096 32768
+done > "$build/rows"
 python3 bench/sm90/record.py "$build/rows" --ceilings "$out/sm90-ceilings.json" --output "$out/sm90-gemms.json" \
   --plot "$out/sm90-gemms.svg"
 

@@ -182,13 +182,13 @@ bool fits(const TileShape& tile, f64 mean) { return tile.sizes[0] >= mean / 2 &&
 // What a command line picks: all shapes and token counts, the tile that is chosen for each.
 struct Choice {
   std::string shape;
-  int tokens = -1;
+  std::vector<int> tokens;
   bool sweep = false;  // every tile that fits
 };
 
 void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int multiprocessors) {
   if (!choice.shape.empty() && choice.shape != s.name) return;
-  if (choice.tokens >= 0) batch = {choice.tokens};
+  if (!choice.tokens.empty()) batch = choice.tokens;
   const auto layers_of = [](int tokens) { return tokens <= 8 ? 8 : tokens <= 64 ? 3 : 1; };  // cold weights each
   std::vector<std::vector<Routing>> all;
   i64 max_slots = 0;
@@ -229,8 +229,8 @@ int run(const Choice& choice) {
   const int sms = device.multiProcessorCount;
   std::printf("{\"part\": \"device\", \"name\": \"%s\"}\n", device.name);
   const std::vector<int> all = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768};
-  const std::vector<int> up_to_8192(all.begin(), all.end() - 1);  // beside 11 GB of weights
-  measure({"dsv3", 7168, 2048, 256, 8}, up_to_8192, choice, sms);
+  measure({"dsv3", 7168, 2048, 256, 8}, all, choice, sms);
+  measure({"dsv3-local", 7168, 2048, 32, 8}, all, choice, sms);  // what one GPU of eight holds, all picks within it
   measure({"qwen3-235b", 4096, 1536, 128, 8}, all, choice, sms);
   measure({"v4-flash", 4096, 2048, 256, 6}, all, choice, sms);
   measure({"qwen3-30b", 2048, 768, 128, 8}, all, choice, sms);
@@ -241,11 +241,11 @@ int run(const Choice& choice) {
 }  // namespace
 }  // namespace fourmoe
 
-// gemms [sweep] [SHAPE [TOKENS]]
+// gemms [sweep] [SHAPE [TOKENS...]]
 int main(int argc, char** argv) {
   fourmoe::Choice choice;
   if (argc > 1 && std::string(argv[1]) == "sweep") choice.sweep = true, --argc, ++argv;
   if (argc > 1) choice.shape = argv[1];
-  if (argc > 2) choice.tokens = std::atoi(argv[2]);
+  for (int i = 2; i < argc; ++i) choice.tokens.push_back(std::atoi(argv[i]));
   return fourmoe::run(choice);
 }

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Joins records of compare.py (a shape or some token counts each), prints their table and draws them.
+
+    python bench/rivals/report.py RECORD... --output bench/results/sm90-rivals.json --plots docs/plots
+
+The table is Markdown: our microseconds, then every rival's time as a multiple of ours. A multiple below 1 is a loss.
+"""
+import argparse
+import json
+import pathlib
+
+from case import SHAPES
+
+COLUMNS = {  # heading: names in the record, the fastest of which counts
+    "Humming W4A16": ("humming_grouped", "humming_indexed"),
+    "Triton NVFP4": ("triton_nvfp4",),
+    "expand + torch": ("expand_torch",),
+    "torch bf16": ("torch_bf16",),
+    "Triton bf16": ("triton_bf16",),
+    "DeepGEMM bf16": ("deepgemm_bf16",),
+    "DeepGEMM FP8": ("deepgemm_fp8",),
+}
+
+
+def read(paths):
+    records = [json.loads(path.read_text()) for path in paths]
+    rows = [row | {"run": run} for run, record in enumerate(records) for row in record["rows"]]
+    return {"command": records[0]["command"], "rows": rows}
+
+
+def contests(rows):
+    return sorted((row for row in rows if row["part"] == "rivals"),
+                  key=lambda row: (list(SHAPES).index(row["shape"]), row["tokens"]))
+
+
+def ceilings_of(rows, row):
+    """Of the run that measured the row."""
+    return next(c for c in rows if c["part"] == "torch" and (c["run"], c["shape"]) == (row["run"], row["shape"]))
+
+
+def fastest(row, names):
+    return min((row["us"][name] for name in names if name in row["us"]), default=None)
+
+
+def figures(rows, row):
+    """Rates of ours: packed bytes against the copy rate, operations against the dense rate."""
+    shape, seconds, ceilings = SHAPES[row["shape"]], row["us"]["ours"] * 1e-6, ceilings_of(rows, row)
+    rate = row["active"] * shape.weights * 0.5625 / seconds * 1e-12
+    flops = 2 * row["rows"] * shape.weights / seconds * 1e-12
+    return rate, rate / ceilings["copy_TBps"], flops, flops / ceilings["dense_bf16_TFLOPs"]
+
+
+def print_table(rows, tokens):
+    print("| shape | T | experts | ours us | TB/s | of copy | TFLOP/s | of dense |", " | ".join(COLUMNS), "|")
+    print("|---" * (8 + len(COLUMNS)) + "|")
+    for row in contests(rows):
+        if tokens and row["tokens"] not in tokens:
+            continue
+        rate, of_copy, flops, of_dense = figures(rows, row)
+        times = [fastest(row, names) for names in COLUMNS.values()]
+        cells = [f"{us / row['us']['ours']:.2f}" if us else "-" for us in times]
+        print(f"| {row['shape']} | {row['tokens']} | {row['active']:.0f} | {row['us']['ours']:.1f} | {rate:.2f} | {of_copy:.0%} "
+              f"| {flops:.0f} | {of_dense:.0%} |", " | ".join(cells), "|")
+
+
+def print_extremes(rows):
+    """Where each rival comes closest."""
+    for heading, names in COLUMNS.items():
+        ratios = [(fastest(row, names) / row["us"]["ours"], row["shape"], row["tokens"])
+                  for row in contests(rows) if fastest(row, names)]
+        if not ratios:
+            print(f"{heading}: not measured")
+            continue
+        lost = [f"{shape} T={tokens} ({ratio:.2f})" for ratio, shape, tokens in sorted(ratios) if ratio < 1]
+        least, most = min(ratios), max(ratios)
+        print(f"{heading}: {least[0]:.2f} ({least[1]}, T={least[2]}) to {most[0]:.2f} ({most[1]}, T={most[2]}); "
+              f"slower than it: {', '.join(lost) or 'nowhere'}")
+
+
+def draw(rows, folder):
+    import matplotlib
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    matplotlib.rcParams["svg.hashsalt"] = "fourmoe"
+    panels = {name: [row for row in contests(rows) if row["shape"] == name] for name in SHAPES}
+    for kind, title in (("ratio", "time of a rival over ours (above 1: ours is faster)"), ("rate", "TFLOP/s")):
+        figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True, sharey=kind == "ratio")
+        for axis, (name, points) in zip(axes.flat, panels.items()):
+            for heading, names in (COLUMNS if kind == "ratio" else {"ours": ("ours",)} | COLUMNS).items():
+                line = [(row["tokens"], fastest(row, names), row) for row in points if fastest(row, names)]
+                values = [us / row["us"]["ours"] if kind == "ratio" else
+                          2e-6 * row["rows"] * SHAPES[name].weights / us for _, us, row in line]
+                axis.plot([tokens for tokens, *_ in line], values, "o-", markersize=3, label=heading,
+                          linewidth=2.5 if heading == "ours" else 1.2, color="black" if heading == "ours" else
+                          f"C{list(COLUMNS).index(heading)}")
+            axis.set(title=name, xscale="log", yscale="log", xlabel="tokens")
+            if kind == "ratio":
+                axis.axhline(1, color="black", linewidth=2.5)
+                axis.set(yticks=[0.5, 1, 1.4, 2, 3, 5, 10, 30], yticklabels=["0.5", "1", "1.4", "2", "3", "5", "10", "30"])
+                axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=8)
+        figure.suptitle(f"gemm1 + gemm2 on one H200: {title}")
+        figure.savefig(folder / ("sm90-rivals.svg" if kind == "ratio" else "sm90-rivals-rate.svg"), metadata={"Date": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", nargs="+", type=pathlib.Path)
+    parser.add_argument("--output", type=pathlib.Path, help="the records joined")
+    parser.add_argument("--plots", type=pathlib.Path, help="a folder")
+    parser.add_argument("--tokens", nargs="+", type=int, help="lines of the table (all)")
+    args = parser.parse_args()
+    record = read(args.records)
+    print_table(record["rows"], args.tokens)
+    print_extremes(record["rows"])
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    if args.plots:
+        draw(record["rows"], args.plots)
+
+
+if __name__ == "__main__":
+    main()
