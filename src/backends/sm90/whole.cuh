@@ -40,7 +40,7 @@ struct Layer {
     gpu::Writer<T::kFeed> writer(shared.feed);
     const int hits = *work.hits;
     const int blocks[2] = {row_blocks<T>(gemms[0]), row_blocks<T>(gemms[1])};
-    for (int i = blockIdx.x; i < hits * (blocks[0] + blocks[1]); i = ticket(writer)) {
+    for (int i = ticket(writer); i < hits * (blocks[0] + blocks[1]); i = ticket(writer)) {
       const int width = i < hits * blocks[0] ? 0 : 1;
       const int within = width == 0 ? i : i - hits * blocks[0];
       const int hit = within / blocks[width];
@@ -84,7 +84,7 @@ struct Layer {
     writer.wait_for_room();
     int taken = 0;
     if (threadIdx.x % 32 == 0) taken = atomicAdd(work.tickets, 1);
-    return static_cast<int>(gridDim.x) + __shfl_sync(~0u, taken, 0);
+    return __shfl_sync(~0u, taken, 0);
   }
 
   // A warpgroup has stored a row tile; what the counter was before.

@@ -18,7 +18,7 @@ inline constexpr i32 kFewTokens = 8;
 // Device memory of the step; the first launch of a call writes all but y and z. `most` = most_hits of the problem.
 struct Work {
   i32* hits = nullptr;       // [1] experts hit
-  i32* tickets = nullptr;    // [1] tiles taken beyond each block's first
+  i32* tickets = nullptr;    // [1] tiles taken
   i32* experts = nullptr;    // [most] the local experts hit, ascending
   i32* tokens_of = nullptr;  // [most] bit t: token t picked it
   i32* ready = nullptr;      // [most] row tiles of gemm1 that are done
