@@ -3,8 +3,8 @@
 // Launches only enqueue: nothing is allocated, nothing waits for the host, and a captured launch follows what the
 // buffers hold at each replay. Results are the host's, bit for bit, except that exp and log1p are the device's: a
 // weight may differ by one ulp of f32, and a choice between two experts whose scores agree to 1e-15 (never when their
-// logits and biases are equal: then the lower id wins on both). A refused token (gpu/fault.h) has kRefused for all its picks, in ids and
-// in pick_slot, and weights of 0.
+// logits and biases are equal: then the lower id wins on both). A refused token (gpu/fault.h) has kRefused for all its
+// picks, in ids and in pick_slot, and weights of 0.
 #pragma once
 
 #include "route/route.h"
