@@ -21,10 +21,24 @@ constexpr i32 kWarps = kThreads / 32;
 constexpr i32 kSlices = 32;
 constexpr i32 kGroup = 4;  // slices added before others are
 
+// Types of tokens and router, known to the compiler where that matters; any: by the tensors.
+struct AnyType {
+  static __device__ __forceinline__ format::Dtype of(const format::Tensor& tensor) { return tensor.dtype; }
+};
+template <format::Dtype kType>
+struct OneType {
+  static __device__ __forceinline__ format::Dtype of(const format::Tensor&) { return kType; }
+};
+
 // 8 * kRows tokens by 8 * kExperts experts of a cluster of kParts blocks, each of which has its part of the slices; a
 // warp loads kBatch chunks at once.
-template <i32 kRowEights, i32 kExpertEights, i32 kClusterBlocks, i32 kChunks>
+template <i32 kRowEights, i32 kExpertEights, i32 kClusterBlocks, i32 kChunks, class TokensOf = AnyType,
+          class RouterOf = AnyType>
 struct Tile {
+  using Tokens = TokensOf;  // types
+  using Router = RouterOf;
+  template <class T, class R>
+  using Of = Tile<kRowEights, kExpertEights, kClusterBlocks, kChunks, T, R>;
   static constexpr i32 kRows = kRowEights;
   static constexpr i32 kExperts = kExpertEights;
   static constexpr i32 kParts = kClusterBlocks;
@@ -41,12 +55,14 @@ struct Octet {
   uint4 high;  // of f32
 };
 
+template <class Type>
 __device__ __forceinline__ Octet load(const format::Tensor& from, i32 row, i32 octet) {
   Octet out = {{0, 0, 0, 0}, {0, 0, 0, 0}};
   if (octet >= from.cols / 8) return out;
-  const bool wide = from.dtype == format::Dtype::f32;
-  const uint4* at =
-      static_cast<const uint4*>(static_cast<const void*>(from.row(min(row, static_cast<i32>(from.rows) - 1))));
+  const bool wide = Type::of(from) == format::Dtype::f32;
+  const void* begin =
+      static_cast<const u8*>(from.data) + i64{min(row, static_cast<i32>(from.rows) - 1)} * from.stride * (wide ? 4 : 2);
+  const uint4* at = static_cast<const uint4*>(begin);
   out.low = at[wide ? 2 * octet : octet];
   if (wide) out.high = at[2 * octet + 1];
   return out;
@@ -58,9 +74,9 @@ __device__ __forceinline__ void decode(const Octet& octet, format::Dtype dtype, 
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const u32 pair = words[i / 2];
-    const f32 bf16 = i % 2 == 0 ? gpu::low_bf16(pair) : gpu::high_bf16(pair);
-    x[i] = dtype == format::Dtype::f32 ? __uint_as_float(words[i]) : bf16;
-    if (dtype == format::Dtype::f16) x[i] = format::from_f16(static_cast<u16>(pair >> 16 * (i % 2)));
+    if (dtype == format::Dtype::f32) x[i] = __uint_as_float(words[i]);
+    else if (dtype == format::Dtype::bf16) x[i] = i % 2 == 0 ? gpu::low_bf16(pair) : gpu::high_bf16(pair);
+    else x[i] = format::from_f16(static_cast<u16>(pair >> 16 * (i % 2)));
   }
 }
 
@@ -78,9 +94,9 @@ __device__ __forceinline__ void add_chunk(const DeviceLogits& a, const Octet (&t
   f32 x[T::kRows][8];
   f32 w[T::kExperts][8];
 #pragma unroll
-  for (int r = 0; r < T::kRows; ++r) decode(tokens[r], a.hidden.dtype, x[r]);
+  for (int r = 0; r < T::kRows; ++r) decode(tokens[r], T::Tokens::of(a.hidden), x[r]);
 #pragma unroll
-  for (int e = 0; e < T::kExperts; ++e) decode(experts[e], a.router.dtype, w[e]);
+  for (int e = 0; e < T::kExperts; ++e) decode(experts[e], T::Router::of(a.router), w[e]);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -101,9 +117,11 @@ __device__ __forceinline__ void add_slice(const DeviceLogits& a, const At& at, i
     for (int b = 0; b < T::kBatch; ++b) {
       const i32 octet = 4 * (chunk + b * kSlices) + at.octet;
 #pragma unroll
-      for (int r = 0; r < T::kRows; ++r) tokens[b][r] = load(a.hidden, at.token + 8 * r + at.row, octet);
+      for (int r = 0; r < T::kRows; ++r)
+        tokens[b][r] = load<typename T::Tokens>(a.hidden, at.token + 8 * r + at.row, octet);
 #pragma unroll
-      for (int e = 0; e < T::kExperts; ++e) experts[b][e] = load(a.router, at.expert + 8 * e + at.row, octet);
+      for (int e = 0; e < T::kExperts; ++e)
+        experts[b][e] = load<typename T::Router>(a.router, at.expert + 8 * e + at.row, octet);
     }
 #pragma unroll
     for (int b = 0; b < T::kBatch; ++b) {
@@ -210,6 +228,19 @@ Status launch_tile(const DeviceLogits& args, void* stream) {
   return gpu::launch("logits", multiply<T>, {rows * columns * T::kParts, kThreads, T::kBytes, T::kParts}, args, stream);
 }
 
+// Types that checkpoints have get code of their own.
+template <class T>
+Status launch_typed(const DeviceLogits& args, void* stream) {
+  using Bf16 = OneType<format::Dtype::bf16>;
+  using F32 = OneType<format::Dtype::f32>;
+  const bool bf16 = args.hidden.dtype == format::Dtype::bf16;
+  if (bf16 && args.router.dtype == format::Dtype::bf16)
+    return launch_tile<typename T::template Of<Bf16, Bf16>>(args, stream);
+  if (bf16 && args.router.dtype == format::Dtype::f32)
+    return launch_tile<typename T::template Of<Bf16, F32>>(args, stream);
+  return launch_tile<T>(args, stream);
+}
+
 }  // namespace
 
 Status launch_logits(const DeviceLogits& args, void* stream) {
@@ -218,10 +249,10 @@ Status launch_logits(const DeviceLogits& args, void* stream) {
   Status status = gpu::check_rows("hidden_states", args.hidden);
   if (status.ok()) status = gpu::check_rows("router", args.router);
   if (!status.ok()) return status;
-  if (tokens <= 8) return launch_tile<Tile<1, 1, 4, 4>>(args, stream);
-  if (tokens <= 16) return launch_tile<Tile<1, 1, 2, 4>>(args, stream);
-  if (tokens <= 128) return launch_tile<Tile<2, 2, 2, 2>>(args, stream);
-  return launch_tile<Tile<2, 4, 1, 1>>(args, stream);
+  if (tokens <= 8) return launch_typed<Tile<1, 1, 4, 4>>(args, stream);
+  if (tokens <= 16) return launch_typed<Tile<1, 1, 2, 4>>(args, stream);
+  if (tokens <= 128) return launch_typed<Tile<2, 2, 2, 2>>(args, stream);
+  return launch_typed<Tile<2, 4, 1, 1>>(args, stream);
 }
 
 }  // namespace fourmoe::route
