@@ -2,9 +2,9 @@
 //
 // Launches only enqueue: nothing is allocated, nothing waits for the host, and a captured launch follows what the
 // buffers hold at each replay. Results are the host's, bit for bit, except that exp and log1p are the device's: a
-// weight may differ by one ulp of f32, and a choice between two experts whose scores agree to 1e-15 (never when they
-// are equal: then the lower id wins on both). A refused token (gpu/fault.h) has kRefused for all its picks, in ids and
-// in pick_slot, and weights of 0.
+// weight may differ by one ulp of f32, and a choice between two experts whose scores agree to 1e-15 (never when their
+// logits and biases are equal: then the lower id wins on both). A refused token (gpu/fault.h) has kRefused for all its
+// picks, in ids and in pick_slot, and weights of 0.
 #pragma once
 
 #include "route/route.h"
@@ -43,7 +43,8 @@ inline constexpr i32 kMaxChunks = 128;  // of a call: every block reads the coun
 // Bytes of DeviceSlots::chunk_counts for problem.max_tokens.
 i64 sort_scratch_bytes(const Problem& problem);
 
-// Picks, then slots: one launch for as many tokens as one cluster picks at once, else three.
+// Picks, then slots: one launch for as many tokens as one cluster picks at once, or one block takes from the caller,
+// else three.
 Status launch_slots(const DeviceSlots& args, void* stream);
 
 inline constexpr i32 kFewTokens = 128;

@@ -1,65 +1,13 @@
-// pick: a team of warps scores one token's experts, then its first warp picks. Formulas in route.h, all in f64 as on
-// the host; no sum depends on the size of the team.
+// pick: one token's picks, by the first warp of its team wherever screen.cuh can tell, else all in f64.
 //
-// The choice c_e of every expert lies in shared memory as a key, a u64 whose order is c's; a lane of the first warp
-// owns the experts lane, lane + 32, ... and the best of them. The warp takes the best of all, top_k times.
+// In f64 the team scores, then its first warp picks; no sum depends on the size of the team. The choice c_e of every
+// expert lies in shared memory as a key, a u64 whose order is c's; a lane of the first warp owns the experts lane,
+// lane + 32, ... and the best of them. The warp takes the best of all, top_k times.
 #pragma once
 
-#include "gpu/fault.h"
-#include "gpu/values.cuh"
-#include "route/device.h"
+#include "route/screen.cuh"
 
 namespace fourmoe::route {
-
-inline constexpr u32 kAll = 0xffffffffu;
-inline constexpr u64 kMaskedKey = 0x000fffffffffffffu;  // of -infinity
-inline constexpr u64 kTakenKey = 0;                     // below every number's
-
-inline constexpr i32 kMaxWarps = 16;  // of a block
-
-// The warps that share a token, and where they meet.
-struct Team {
-  i32 token;  // -1 for none: the team only keeps step
-  i32 rank;   // of this warp
-  i32 warps;  // of the team
-  u32 lane;
-  f64* scores;   // [experts] s_e; shared memory, as all below
-  u64* keys;     // [experts] of c_e
-  f64* groups;   // [groups] scores
-  f32* largest;  // [kMaxWarps] largest logit that each warp saw
-};
-
-// u64 words of a team's memory.
-FOURMOE_HD i32 team_words(const Problem& problem) {
-  return 2 * problem.experts + problem.routing.groups + kMaxWarps / 2;
-}
-
-// The memory of a block's team number `index`.
-__device__ __forceinline__ void place_team(const Problem& problem, u64* shared, i32 index, Team* team) {
-  u64* memory = shared + index * team_words(problem);
-  team->scores = reinterpret_cast<f64*>(memory);
-  team->keys = memory + problem.experts;
-  team->groups = team->scores + 2 * problem.experts;
-  team->largest = reinterpret_cast<f32*>(team->groups + problem.routing.groups);
-}
-
-__device__ __forceinline__ u64 key_of(f64 value) {
-  const i64 bits = value == 0.0 ? 0 : __double_as_longlong(value);  // -0 equals 0
-  return static_cast<u64>(bits < 0 ? ~bits : bits ^ static_cast<i64>(u64{1} << 63));
-}
-
-__device__ __forceinline__ f64 value_of(u64 key) {
-  return __longlong_as_double(static_cast<i64>(key >> 63 != 0 ? key ^ u64{1} << 63 : ~key));
-}
-
-// s_e of every score but softmax, which needs two sums.
-__device__ __forceinline__ f64 score_of(Score score, f64 logit) {
-  switch (score) {
-    case Score::sigmoid: return 1.0 / (1.0 + exp(-logit));
-    case Score::sqrt_softplus: return sqrt(fmax(logit, 0.0) + log1p(exp(-fabs(logit))));
-    default: return logit;
-  }
-}
 
 __device__ __forceinline__ void write_score(const DeviceSlots& a, const Team& team, i32 e, f64 score) {
   team.scores[e] = score;
@@ -222,44 +170,9 @@ __device__ __forceinline__ i32 take_best(u64* keys, i32 experts, i32 top_k, u32 
   return mine;
 }
 
-__device__ __forceinline__ f32 weigh(const Routing& routing, f64 score, i32 top_k) {
-  f64 sum = 1e-20;
-#pragma unroll 1
-  for (i32 p = 0; p < top_k; ++p) sum += __shfl_sync(kAll, score, p);
-  const f64 factor = (routing.renormalise ? 1.0 / sum : 1.0) * routing.scale;
-  return static_cast<f32>(score * factor);
-}
-
-// What lane p of a team's first warp has of pick p.
-struct Pick {
-  i32 id = -1;
-  f32 weight = 0.0f;
-};
-
-__device__ __forceinline__ bool has_pick(const DeviceSlots& a, const Team& team) {
-  return team.token >= 0 && team.rank == 0 && team.lane < static_cast<u32>(a.problem.top_k);
-}
-
-__device__ __forceinline__ i64 pick_index(const DeviceSlots& a, const Team& team) {
-  return i64{team.token} * a.problem.top_k + team.lane;
-}
-
-__device__ __forceinline__ void write_pick(const DeviceSlots& a, const Team& team, const Pick& pick) {
-  if (!has_pick(a, team)) return;
-  a.out.ids[pick_index(a, team)] = pick.id;
-  a.out.weights[pick_index(a, team)] = pick.weight;
-}
-
-__device__ __forceinline__ Pick refuse_token(const DeviceSlots& a, const Team& team, gpu::FaultKind kind,
-                                             i32 position) {
-  const u64 key = gpu::fault_key(kind, team.token, position);
-  if (team.lane == 0) atomicMin(reinterpret_cast<unsigned long long*>(&a.fault->first), key);
-  return {kRefused, 0.0f};
-}
-
-// `sync` meets all warps of the team; teams of a block keep step.
+// Everything in f64. `sync` meets all warps of the team; teams of a block keep step.
 template <class Sync>
-__device__ __forceinline__ Pick pick_from_logits(const DeviceSlots& a, const Team& team, Sync sync) {
+__device__ __forceinline__ Pick pick_exactly(const DeviceSlots& a, const Team& team, Sync sync) {
   const Problem& problem = a.problem;
   const bool real = team.token >= 0;
   if (real) survey_logits(a, team);
@@ -278,6 +191,25 @@ __device__ __forceinline__ Pick pick_from_logits(const DeviceSlots& a, const Tea
   if (problem.routing.groups_kept < problem.routing.groups) mask_groups(problem, team);
   const i32 id = take_best(team.keys, problem.experts, problem.top_k, team.lane);
   return {id, weigh(problem.routing, id < 0 ? 0.0 : team.scores[id], problem.top_k)};
+}
+
+// One warp where a screen can be had, in f64 too if the screen cannot tell.
+template <class Sync>
+__device__ __forceinline__ Pick pick_from_logits(const DeviceSlots& a, const Team& team, Sync sync) {
+  Team exact = team;
+  const bool alone = can_screen(a);
+  if (alone) {
+    if (team.rank != 0 || team.token < 0) return {};
+    const Screened found = screen_token(a, team);
+    if (found.outcome == Screened::Outcome::told) return rank_candidates(a, team, found);
+    if (found.outcome == Screened::Outcome::refused) return refuse_token(a, team, gpu::FaultKind::logits, 0);
+    __syncwarp();
+    exact.warps = 1;
+  }
+  return pick_exactly(a, exact, [=] {
+    if (alone) __syncwarp();
+    else sync();
+  });
 }
 
 __device__ __forceinline__ i64 read_id(const DeviceSlots& a, i32 token, u32 position) {

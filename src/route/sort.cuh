@@ -81,20 +81,16 @@ __device__ __forceinline__ u32 scan(u32 value, u32* sums, u32* total) {
   const u32 lane = threadIdx.x % 32;
   const u32 warp = threadIdx.x / 32;
   u32 inclusive = value;
-#pragma unroll 1
+#pragma unroll
   for (u32 d = 1; d < 32; d *= 2) {
     const u32 below = __shfl_up_sync(kAll, inclusive, d);
     if (lane >= d) inclusive += below;
   }
   if (lane == 31) sums[warp] = inclusive;
   __syncthreads();
-  u32 before = 0;
-  *total = 0;
-#pragma unroll 1
-  for (u32 w = 0; w < blockDim.x / 32; ++w) {
-    if (w == warp) before = *total;
-    *total += sums[w];
-  }
+  const u32 sum = lane < blockDim.x / 32 ? sums[lane] : 0;
+  const u32 before = __reduce_add_sync(kAll, lane < warp ? sum : 0);
+  *total = __reduce_add_sync(kAll, sum);
   __syncthreads();
   return before + inclusive - value;
 }

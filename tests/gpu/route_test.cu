@@ -75,6 +75,43 @@ TEST(DeviceRoute, EveryFormOfRouting) {
   }
 }
 
+// Logits that f32 cannot tell apart, or that tie: what a screen in f32 may not decide.
+Input close_logits(const Problem& p, i32 tokens, i32 kind) {
+  std::mt19937_64 random(kind);
+  std::normal_distribution<f32> normal;
+  Input in;
+  for (i32 i = 0; i < tokens * p.experts; ++i) {
+    const i32 e = i % p.experts;
+    switch (kind) {
+      case 0: in.logits.push_back(1.0f + 1e-6f * static_cast<f32>(random() % 9)); break;  // more than a warp has lanes
+      case 1: in.logits.push_back(0.5f); break;
+      case 2: in.logits.push_back(0.01f * static_cast<f32>(e % (p.experts / p.routing.groups))); break;  // equal groups
+      case 3: in.logits.push_back(normal(random) - 60.0f); break;
+      case 4: in.logits.push_back(normal(random) * 600.0f); break;
+      default: in.logits.push_back(random() % 3 == 0 ? -INFINITY : std::round(4.0f * normal(random)) / 4.0f);
+    }
+    if (e == 3 && kind == 5) in.logits.back() = 1.0f;  // never all -infinity
+  }
+  return in;
+}
+
+TEST(DeviceRoute, CloseCalls) {
+  FOURMOE_NEEDS_DEVICE();
+  for (const Form& form : forms()) {
+    if (form.routing.groups == 0) continue;
+    for (i32 kind = 0; kind < 6; ++kind) {
+      for (const i32 experts : {64, 256, 512}) {
+        Problem p = problem_of(experts, 8, 24);
+        p.routing = form.routing;
+        Input input = close_logits(p, 24, kind);
+        check_device(p, input, 24, std::string(form.name) + ", close " + std::to_string(kind));
+        input.bias.assign(experts, 1e4f);  // takes most bits of an f32 score
+        check_device(p, input, 24, std::string(form.name) + ", far bias " + std::to_string(kind));
+      }
+    }
+  }
+}
+
 // Every kernel once or twice, for sanitizers: they take minutes for the rest.
 TEST(DeviceRoute, SmallCalls) {
   FOURMOE_NEEDS_DEVICE();

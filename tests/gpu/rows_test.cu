@@ -77,26 +77,29 @@ const std::vector<Size> kSizes = {{16, 1, 1}, {48, 7, 8}, {1040, 300, 8}, {2880,
 
 TEST(DeviceRows, LogitsAreTheHostsAndDoNotDependOnTheBatch) {
   FOURMOE_NEEDS_DEVICE();
-  for (const Dtype type : kFloats) {
+  const std::pair<Dtype, Dtype> types[] = {{Dtype::f32, Dtype::f32},   {Dtype::f16, Dtype::f16},
+                                           {Dtype::bf16, Dtype::bf16}, {Dtype::bf16, Dtype::f32},
+                                           {Dtype::f32, Dtype::bf16},  {Dtype::f16, Dtype::f32}};
+  for (const auto& [tokens_type, type] : types) {
     const i64 hidden = type == Dtype::f16 ? 1040 : 2048, experts = 37;
-    const Rows router(type, experts, hidden, hidden, 1), tokens(type, 21, hidden, hidden + 16, 2);
+    const Rows router(type, experts, hidden, hidden, 1), tokens(tokens_type, 300, hidden, hidden + 16, 2);
     const Device<f32> bias(std::vector<f32>(experts, 0.125f));
     const std::vector<f32> host_bias(experts, 0.125f);
     format::Matrix matrix{router.bytes.data(), nullptr, hidden * format::dtype_bytes(type), 0, 37, i32(hidden)};
     matrix.encoding = type == Dtype::f32   ? format::Encoding::f32
                       : type == Dtype::f16 ? format::Encoding::f16
                                            : format::Encoding::bf16;
-    std::vector<f32> want(21 * experts);
+    std::vector<f32> want(300 * experts);
     route::logits(tokens.host, matrix, host_bias.data(), tbb_executor(8), want.data());
     std::vector<f32> all;
-    for (const i64 count : {21, 1, 2, 3, 4, 8, 0}) {
-      Device<f32> out(21 * experts);
+    for (const i64 count : {300, 1, 2, 3, 8, 16, 21, 128, 0}) {
+      Device<f32> out(300 * experts);
       format::Tensor some = tokens.view;
       some.rows = count;
       ASSERT_TRUE(route::launch_logits({some, router.view, bias.get(), out.get()}, nullptr).ok());
       const std::vector<f32> got = out.read();
-      if (count == 21) all = got;
-      for (i64 i = 0; i < 21 * experts; ++i) {
+      if (count == 300) all = got;
+      for (i64 i = 0; i < 300 * experts; ++i) {
         ASSERT_EQ(got[i], i < count * experts ? all[i] : poison<f32>()) << count;
         ASSERT_LE(ulps(all[i], want[i]), 1);
       }
