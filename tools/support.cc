@@ -28,7 +28,7 @@ Problem usual(Precision precision, format::Encoding encoding) {
   p.inter = 512;
   p.experts = p.local_experts = 64;
   p.top_k = 4;
-  p.max_tokens = 64;
+  p.max_tokens = 8;  // steps for few tokens accept it, and all others
   p.precision = precision;
   p.encoding = encoding;
   return p;

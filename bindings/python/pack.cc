@@ -85,6 +85,7 @@ Choices read_choices(const Keywords& given) {
   choices.plan = given.get<std::string>("plan", "auto");
   choices.max_tokens = given.get("max_tokens", choices.max_tokens);
   choices.threads = given.get("threads", 0);
+  choices.batch_invariant = given.get("batch_invariant", false);
   if (choices.max_tokens < 1 || choices.threads < 0) {
     throw Error(Reason::argument_invalid, fmt::format("max_tokens is {} and threads {}, expected at least 1 and 0",
                                                       choices.max_tokens, choices.threads));

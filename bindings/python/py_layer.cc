@@ -132,6 +132,7 @@ LayerOptions PyLayer::options(Precision precision, const std::string& plan) cons
   options.max_tokens = choices_.max_tokens;
   options.executor = executor_;
   options.device = choices_.device;
+  options.batch_invariant = choices_.batch_invariant;
   return options;
 }
 

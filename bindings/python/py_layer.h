@@ -34,6 +34,7 @@ struct Choices {
   std::string plan = "auto";
   i32 max_tokens = 1024;
   i32 threads = 0;
+  bool batch_invariant = false;
 };
 
 class PyLayer {
