@@ -1,15 +1,14 @@
 #include "checkpoint/quantize.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
 #include <nlohmann/json.hpp>
-#include <set>
 
 #include "checkpoint/folder.h"
 #include "checkpoint/json.h"
+#include "checkpoint/quantize_output.h"
 #include "checkpoint/quantize_plan.h"
 #include "status.h"
 #include "weights/quantise.h"
@@ -20,16 +19,7 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-constexpr i64 kPiece = i64{8} << 20;            // bytes copied between two reports of progress
-constexpr i64 kLargestSideFile = i64{1} << 30;  // tokenizers have tens of MB; what is larger holds weights
-constexpr std::string_view kIndexEnding = ".safetensors.index.json";
-
-void write_text(const fs::path& path, const std::string& text) {
-  std::ofstream out(path, std::ios::binary);
-  out << text;
-  out.close();
-  if (!out) throw Error(Reason::write_failed, fmt::format("{} cannot be written", path.string()));
-}
+constexpr i64 kPiece = i64{8} << 20;  // bytes copied between two reports of progress
 
 struct Source {
   fs::path folder;
@@ -38,13 +28,6 @@ struct Source {
   std::vector<Shard> shards;
   std::string index;  // file name; empty when one file needs none
 };
-
-std::string read_text(const fs::path& path) {
-  const auto file = MappedFile::open(path);
-  std::string text(static_cast<std::size_t>(file->size()), '\0');
-  file->read(0, file->size(), text.data());
-  return text;
-}
 
 void refuse_quantised(const nlohmann::json& parsed, const std::string& path) {
   for (const char* key : {"quantization_config", "compression_config"}) {
@@ -116,132 +99,6 @@ i64 codes_bytes(const format::Matrix& dense) { return i64{dense.rows} * dense.co
 i64 scales_bytes(const format::Matrix& dense) { return i64{dense.rows} * dense.cols / format::kNvfp4Block; }
 i64 dense_bytes(const format::Matrix& dense) { return dense.rows * format::row_bytes(dense.encoding, dense.cols); }
 
-// The output, hidden until it is whole.
-class Publication {
- public:
-  explicit Publication(const fs::path& out) : out_(out) {
-    const std::string name = out_.filename().string();
-    folder_ = out_.parent_path() / fmt::format(".{}.{}.partial", name, ::getpid());
-    replaced_ = out_.parent_path() / fmt::format(".{}.{}.replaced", name, ::getpid());
-    std::error_code error;
-    if (!fs::create_directory(folder_, error) || error) {
-      throw Error(Reason::write_failed, fmt::format("{} cannot be created: {}", folder_.string(),
-                                                    error ? error.message() : "it is there already"));
-    }
-  }
-  ~Publication() {
-    std::error_code ignored;
-    if (!published_) fs::remove_all(folder_, ignored);
-  }
-  Publication(const Publication&) = delete;
-  Publication& operator=(const Publication&) = delete;
-
-  const fs::path& folder() const { return folder_; }
-
-  // The old output steps aside first and comes back when the new one cannot take its place.
-  void publish(const QuantizeOptions& options) {
-    std::error_code error;
-    const bool replace = fs::exists(out_);
-    if (replace && !options.force) throw Error(Reason::file_exists, fmt::format("{} has appeared", out_.string()));
-    if (replace) fs::rename(out_, replaced_, error);
-    if (!error) fs::rename(folder_, out_, error);
-    if (error) {
-      std::error_code ignored;
-      if (replace && !fs::exists(out_)) fs::rename(replaced_, out_, ignored);
-      throw Error(Reason::write_failed, fmt::format("{} cannot be renamed: {}", out_.string(), error.message()));
-    }
-    published_ = true;
-    if (replace) fs::remove_all(replaced_, error);
-  }
-
- private:
-  fs::path out_;
-  fs::path folder_;
-  fs::path replaced_;
-  bool published_ = false;
-};
-
-bool holds_weights(const fs::path& file) {
-  const std::string extension = file.extension().string();
-  static const std::set<std::string> kWeights = {".safetensors", ".bin",     ".pt",   ".pth",    ".gguf",
-                                                 ".h5",          ".msgpack", ".onnx", ".partial"};
-  return kWeights.contains(extension) || file.filename().string().ends_with(".index.json");
-}
-
-// Written by quantize itself.
-bool is_own(const fs::path& file) { return file == "config.json" || file == "hf_quant_config.json"; }
-
-// Files beside the weights that go along, relative to the folder.
-std::vector<fs::path> list_side_files(const fs::path& folder, std::vector<std::string>* notes) {
-  std::vector<fs::path> files;
-  for (auto entry = fs::recursive_directory_iterator(folder); entry != fs::recursive_directory_iterator(); ++entry) {
-    const fs::path name = entry->path().lexically_relative(folder);  // links stay where they lie
-    if (entry->path().filename().string().starts_with(".")) {
-      entry.disable_recursion_pending();
-      continue;
-    }
-    if (!entry->is_regular_file() || is_own(name)) continue;
-    if (holds_weights(name) || entry->file_size() > static_cast<std::uintmax_t>(kLargestSideFile)) {
-      if (entry->path().extension() != ".safetensors" && !name.string().ends_with(".index.json")) {
-        notes->push_back(fmt::format("{} was not copied: it holds weights of another form", name.string()));
-      }
-      continue;
-    }
-    files.push_back(name);
-  }
-  std::sort(files.begin(), files.end());
-  return files;
-}
-
-// Whether quantize wrote the folder: its hf_quant_config.json names it as the producer.
-bool is_earlier_output(const fs::path& out) {
-  const fs::path config = out / "hf_quant_config.json";
-  if (!fs::is_regular_file(config)) return false;
-  const nlohmann::json parsed = nlohmann::json::parse(read_text(config), nullptr, false);
-  const nlohmann::json::json_pointer producer("/producer/name");
-  return !parsed.is_discarded() && parsed.contains(producer) && parsed.at(producer) == "fourmoe";
-}
-
-bool is_output_file(const fs::path& name, const fs::path& in) {
-  const bool top = !name.has_parent_path();
-  const bool shard = name.extension() == ".safetensors" || name.filename().string().ends_with(kIndexEnding);
-  return is_own(name) || (top && shard) || fs::exists(in / name);
-}
-
-// An existing output may be replaced when it is empty, or an earlier output that has gained no file since.
-void check_replaceable(const fs::path& out, const fs::path& in) {
-  if (fs::is_empty(out)) return;
-  if (!is_earlier_output(out)) {
-    throw Error(Reason::file_exists, fmt::format("{} was not written by quantize; it would be lost", out.string()));
-  }
-  for (const auto& entry : fs::recursive_directory_iterator(out)) {
-    const fs::path name = entry.path().lexically_relative(out);
-    if (entry.is_directory() || is_output_file(name, in)) continue;
-    throw Error(Reason::file_exists, fmt::format("{} holds {}, which is no part of a checkpoint; it would be lost",
-                                                 out.string(), quote(name.string())));
-  }
-}
-
-bool is_inside(const fs::path& inner, const fs::path& outer) {
-  return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
-}
-
-void check_output(const fs::path& in, const fs::path& out, bool force) {
-  if (is_inside(in, out) || is_inside(out, in)) {
-    throw Error(Reason::argument_invalid,
-                fmt::format("output {} and input {} must be apart", out.string(), in.string()));
-  }
-  if (!fs::is_directory(out.parent_path())) {
-    throw Error(Reason::write_failed, fmt::format("{} is not a folder", out.parent_path().string()));
-  }
-  if (!fs::exists(fs::symlink_status(out))) return;
-  if (!force) throw Error(Reason::file_exists, fmt::format("{} exists; --force replaces it", out.string()));
-  if (!fs::is_directory(fs::symlink_status(out))) {
-    throw Error(Reason::file_exists, fmt::format("{} is not a folder", out.string()));
-  }
-  check_replaceable(out, in);
-}
-
 class Job {
  public:
   Job(const Source& source, QuantizePlan plan, const QuantizeOptions& options)
@@ -260,7 +117,7 @@ class Job {
     write_index(publication.folder());
     write_configs(publication.folder());
     copy_side_files(publication.folder());
-    publication.publish(options_);
+    publication.publish(options_.force);
     return std::move(result_);
   }
 
@@ -445,13 +302,6 @@ void check_full_recipe(const std::string& family) {
               fmt::format("layers outside the routed experts are quantised for {}, and not for model_type {}; "
                           "--experts-only would pass",
                           known, quote(family)));
-}
-
-// Absolute, with the links of its folder resolved, and without a trailing slash.
-fs::path settle(const fs::path& path) {
-  if (path.empty()) throw Error(Reason::argument_invalid, "the path of the input or the output is empty");
-  const fs::path absolute = fs::weakly_canonical(fs::absolute(path));
-  return absolute.has_filename() ? absolute : absolute.parent_path();
 }
 
 }  // namespace
