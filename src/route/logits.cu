@@ -42,6 +42,7 @@ struct Tile {
   static constexpr i32 kRows = kRowEights;
   static constexpr i32 kExperts = kExpertEights;
   static constexpr i32 kParts = kClusterBlocks;
+  static constexpr i32 kBlocks = kRows * kExperts > 4 ? 1 : 2;  // of a multiprocessor: the widest spills with two
   static constexpr i32 kBatch = kChunks;
   static constexpr i32 kOwn = kSlices / kParts / kWarps;  // slices of a warp
   static constexpr i32 kKept = kParts == 1 ? 1 : kOwn;    // sums that a warp leaves: of a group or of a slice
@@ -205,7 +206,7 @@ __device__ __forceinline__ void write_logits(const DeviceLogits& a, const At& at
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) multiply(const __grid_constant__ DeviceLogits a) {
+__global__ void __launch_bounds__(kThreads, T::kBlocks) multiply(const __grid_constant__ DeviceLogits a) {
   extern __shared__ f64 shared[];
   gpu::begin();
   const i32 tile = static_cast<i32>(blockIdx.x) / T::kParts;
