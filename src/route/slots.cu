@@ -17,7 +17,7 @@ constexpr i32 kFewBytes = 96 << 10;     // asked for, for few tokens
 constexpr i32 kClusterBlocks = 8;       // what every device with clusters allows
 constexpr i32 kBlockTokens = 8;         // screened in one block before there are two
 
-__global__ void __launch_bounds__(kPickWarps * 32, 4) pick_tokens(const __grid_constant__ DeviceSlots a) {
+__global__ void __launch_bounds__(kPickWarps * 32, 3) pick_tokens(const __grid_constant__ DeviceSlots a) {
   extern __shared__ u64 shared[];
   gpu::begin();
   const i32 warp = threadIdx.x / 32;
@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) pick_and_sort(const __grid_
   const FewPicks few = few_picks(a, keys);
   pad_keys(few);
   const Team team = team_of(call, reinterpret_cast<u64*>(few.bytes));
-  const Pick pick = pick_token(a, team, [] { __syncthreads(); });
+  // A team of its own for the picks: kept alive over them, this one would spill.
+  const Pick pick = pick_token(a, team_of(call, reinterpret_cast<u64*>(few.bytes)), [] { __syncthreads(); });
   if (many) blocks.barrier_wait();
   if (has_pick(a, team)) {
     const i32 index = static_cast<i32>(pick_index(a, team));
