@@ -30,8 +30,10 @@ for tool in memcheck synccheck initcheck racecheck; do
     --gtest_filter="$filter" | tail -n 1
 done
 
-echo "== a layer of the shipped model"
-"$build/fourmoe" verify examples/tiny-moe/nvfp4 --layer 0 --backend sm90
+echo "== a layer of the shipped model, and MXFP4 as gpt-oss and GGUF store it"
+for checkpoint in examples/tiny-moe/nvfp4 tests/fixtures/gpt-oss-mxfp4 tests/fixtures/gguf-mxfp4.gguf; do
+  "$build/fourmoe" verify "$checkpoint" --layer 0 --backend sm90
+done
 
 echo "== the Python package"
 if [ -f "$build/python/cmake_install.cmake" ]; then  # configured where python3 has nanobind

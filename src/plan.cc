@@ -17,23 +17,26 @@ bool ends_at(const Plan& plan, Stage stage) {
 }
 
 // Tokens and intermediate between the stages: on the host as codes in w4a4, on a GPU always as the rows that its
-// tensor cores multiply.
+// tensor cores multiply: two planes of bf16 for f16, of which the tokens' lie where gemm2 puts its result later.
 void lay_out_rows(const Plan& plan, Carver* carver, Args* args) {
   const Problem& p = plan.problem;
   const i64 picks = i64{p.max_tokens} * p.top_k;
   const bool on_device = plan.machine.device >= 0;
   const bool codes = p.precision == Precision::w4a4 && !on_device;
+  const i64 planes = on_device && p.precision == Precision::w4a16 && p.activations == Dtype::f16 ? 2 : 1;
+  if (ends_at(plan, Stage::gemm2)) args->partial.rows = carver->take<f32>(picks * p.hidden);
+  const bool shares = planes == 2 && ends_at(plan, Stage::gemm1) && ends_at(plan, Stage::gemm2);
   if (ends_at(plan, Stage::route)) {
-    if (on_device) args->slots.rows = carver->take<u16>(picks * p.hidden);
+    if (shares) args->slots.rows = reinterpret_cast<u16*>(args->partial.rows);
+    else if (on_device) args->slots.rows = carver->take<u16>(planes * picks * p.hidden);
     if (codes) args->slots.codes = carver->take<u8>(picks * p.hidden / 2);
     if (codes) args->slots.scales = carver->take<u8>(picks * p.hidden / format::kNvfp4Block);
   }
   if (ends_at(plan, Stage::gemm1)) {
-    if (!codes) args->inter.rows = carver->take<u16>(picks * p.inter);
+    if (!codes) args->inter.rows = carver->take<u16>(planes * picks * p.inter);
     if (codes) args->inter.codes = carver->take<u8>(picks * p.inter / 2);
     if (codes) args->inter.scales = carver->take<u8>(picks * p.inter / format::kNvfp4Block);
   }
-  if (ends_at(plan, Stage::gemm2)) args->partial.rows = carver->take<f32>(picks * p.hidden);
 }
 
 // The one layout of the workspace: what passes between stages, then the steps' scratch, which they share.

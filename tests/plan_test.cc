@@ -151,8 +151,9 @@ TEST(DevicePlan, RefusesWhatTheRoomCannot) {
   const auto expect = [](const std::string& found, const char* words) {
     EXPECT_NE(found.find(words), std::string::npos) << found;
   };
-  expect(refused(with_h200(0), [](Problem* p) { p->encoding = format::Encoding::bf16; }), "nvfp4 would pass");
-  expect(refused(with_h200(0), [](Problem* p) { p->activations = format::Dtype::f16; }), "bf16 would pass");
+  expect(refused(with_h200(0), [](Problem* p) { p->encoding = format::Encoding::f16; }),
+         "weights are f16; nvfp4, mxfp4 or bf16 would pass");
+  expect(refused(with_h200(0), [](Problem* p) { p->encoding = format::Encoding::fp8; }), "weights are fp8");
   expect(refused(with_h200(0), nothing, "cpu"), "device host it would pass");
   expect(refused(with_h200(-1), nothing, "sm90"), "device cuda:0 it would pass");
   expect(refused(with_h200(1), nothing), "device_missing: device cuda:1 was asked for, this machine has 1 GPUs");
@@ -178,6 +179,12 @@ TEST(DevicePlan, TheWorkspaceGrowsWithTheTokens) {
   p.precision = Precision::w4a4;
   ASSERT_TRUE(make(p, with_h200(0), {}, &device).ok());
   EXPECT_GE(device.workspace_bytes, w4a16 + slots * 4 * p.inter);
+  // Two planes: those of the tokens lie where gemm2's result comes later.
+  p.precision = Precision::w4a16;
+  p.activations = format::Dtype::f16;
+  ASSERT_TRUE(make(p, with_h200(0), {}, &device).ok());
+  EXPECT_GE(device.workspace_bytes, slots * (4 * p.hidden + 4 * p.inter));
+  EXPECT_LE(device.workspace_bytes, w4a16 + slots * (2 * p.inter - 2 * p.hidden));
 }
 
 TEST(Machine, DevicesHaveNames) {

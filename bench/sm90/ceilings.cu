@@ -123,8 +123,8 @@ struct Paired {  // the atom: what two words leave over makes two codes
   static constexpr const char* kName = "paired";
   static __device__ __forceinline__ void unpack(const uint4& c, const uint2& s, u32 (&a)[4][4]) {
     u32 first[2][4], second[2][4];
-    sm90::unpack(c.x, c.y, s.x, first);
-    sm90::unpack(c.z, c.w, s.y, second);
+    sm90::unpack<false>(c.x, c.y, s.x, first);
+    sm90::unpack<false>(c.z, c.w, s.y, second);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       a[0][r] = first[0][r], a[1][r] = first[1][r], a[2][r] = second[0][r], a[3][r] = second[1][r];
@@ -217,7 +217,7 @@ __global__ void unpack_all(const u32* words, u32* out, int cases) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= cases) return;
   u32 a[2][4];
-  sm90::unpack(words[3 * i], words[3 * i + 1], words[3 * i + 2], a);
+  sm90::unpack<false>(words[3 * i], words[3 * i + 1], words[3 * i + 2], a);
   for (int r = 0; r < 8; ++r) out[8 * i + r] = a[r / 4][r % 4];
 }
 

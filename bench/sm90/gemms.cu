@@ -206,7 +206,7 @@ void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int m
     for (const Routing& r : rs) active += f64(r.active) / layers;
     const f64 picks = rs[0].begin.back(), bytes = active * weights * 0.5625, flops = 2 * picks * weights;
     for (int tile = -1; tile < (choice.sweep ? kTileShapeCount : 0); ++tile) {
-      if (tile >= 0 && !fits(kTileShapes[tile], picks / active)) continue;
+      if (tile >= 0 && (kTileShapes[tile].form != Form{} || !fits(kTileShapes[tile], picks / active))) continue;
       const Replay first(layers, [&](int i, cudaStream_t stream) { layer.gemm1(rs[i], tile, stream); });
       const Replay second(layers, [&](int i, cudaStream_t stream) { layer.gemm2(rs[i], tile, false, stream); });
       const Replay both(layers, [&](int i, cudaStream_t stream) {

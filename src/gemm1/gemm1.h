@@ -15,7 +15,8 @@ namespace fourmoe::gemm1 {
 // Overwritten; rows beyond the slots in use are left alone.
 struct Out {
   u16* rows = nullptr;   // [slots, inter] bf16 or f16 (Problem::activations); w4a16, and plans for a GPU, where w4a4
-                         // has the exact values of codes and scales without their global in bf16
+                         // has the exact values of codes and scales without their global in bf16; f16 on a GPU: two
+                         // planes of max_tokens * top_k slots in bf16 that sum to the values
   u8* codes = nullptr;   // [slots, inter/2] E2M1 pairs, low nibble first; null unless w4a4
   u8* scales = nullptr;  // [slots, inter/16] E4M3; null unless w4a4
 };

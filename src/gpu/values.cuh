@@ -23,6 +23,20 @@ __device__ __forceinline__ u32 pair_f16(f32 low, f32 high) {
   return format::to_f16_saturated(low) | u32{format::to_f16_saturated(high)} << 16;
 }
 
+// Two values rounded to f16, each as two bf16 that sum to it: 11 significant bits are 8 and at most 3 more. What is
+// beyond f16 becomes its largest, as everywhere here; NaN stays NaN.
+struct Planes {
+  u32 high;
+  u32 low;
+};
+
+__device__ __forceinline__ Planes planes_of_f16(f32 first, f32 second) {
+  const f32 x = format::from_f16(format::to_f16_saturated(first));
+  const f32 y = format::from_f16(format::to_f16_saturated(second));
+  const u32 high = pair_bf16(x, y);
+  return {high, pair_bf16(x - low_bf16(high), y - high_bf16(high))};
+}
+
 // Eight values from column 8 * octet on; the row begins at a multiple of 16 bytes.
 __device__ __forceinline__ void load_octet(const void* row, format::Dtype dtype, i64 octet, f32 (&x)[8]) {
   if (dtype == format::Dtype::f32) {

@@ -60,12 +60,12 @@ struct DeviceTokens {
   format::Tensor hidden;              // [tokens, hidden] f32|f16|bf16; rows begin at multiples of 16 bytes
   Out slots;                          // of launch_slots; w4a4: codes and scales are written
   const f32* input_scales = nullptr;  // [local_experts] weights::Expert::input_scale; w4a4
-  u16* rows =
-      nullptr;  // [slots, hidden] bf16, overwritten: w4a16 the rounded tokens, w4a4 E2M1 * E4M3; w4a4: may be null
+  u16* rows = nullptr;  // [slots, hidden] bf16, overwritten: w4a16 the rounded tokens, w4a4 E2M1 * E4M3; w4a4: may be
+                        // null. w4a16 of f16: [2, max_tokens * top_k, hidden], two planes that sum to the tokens
 };
 
-// w4a16: each slot's token, rounded to bf16, times the routing weight and rounded again where that weighs the input.
-// f16 layers are refused: problem.activations must be bf16.
+// w4a16: each slot's token, rounded to problem.activations, times the routing weight and rounded again where that
+// weighs the input.
 Status launch_gather(const DeviceTokens& args, void* stream);
 
 // w4a4: each slot's token as codes and scales, bit for bit route::quantise, and decoded to bf16 (exact) on request.

@@ -1,6 +1,4 @@
 // The stage as a step of a GPU: what any GPU's room without a body of its own uses.
-#include <fmt/format.h>
-
 #include "args.h"
 #include "gpu/runtime.h"
 #include "route/device.h"
@@ -14,14 +12,7 @@ i64 code_bytes(const Problem& problem) {
 }
 i64 scale_bytes(const Problem& problem) { return code_bytes(problem) / 8; }
 
-Verdict can(const Problem& problem, const Machine& machine) {
-  if (Verdict verdict = gpu::can(machine, 9, 0); !verdict.accepted()) return verdict;
-  if (problem.precision == Precision::w4a16 && problem.activations != format::Dtype::bf16) {
-    return reject(Reason::dtype_unsupported,
-                  fmt::format("activations are {}; bf16 would pass", format::dtype_name(problem.activations)));
-  }
-  return accept();
-}
+Verdict can(const Problem&, const Machine& machine) { return gpu::can(machine, 9, 0); }
 
 i64 carve(const Problem& problem, std::byte* scratch, DeviceSlots* slots, Out* out) {
   Carver carver(scratch);

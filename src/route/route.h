@@ -41,7 +41,8 @@ struct Out {
   u8* codes = nullptr;          // [slots, hidden/2] E2M1 pairs, low nibble first: tokens quantised; null unless w4a4
   u8* scales = nullptr;         // [slots, hidden/16] E4M3; null unless w4a4
   u16* rows = nullptr;          // [slots, hidden] bf16: each slot's token as gemm1 multiplies it, in w4a4 the exact
-                                // values of codes and scales without their global; null unless the plan is for a GPU
+                                // values of codes and scales without their global; null unless the plan is for a
+                                // GPU. w4a16 of f16: two planes of max_tokens * top_k slots that sum to the tokens
 };
 
 // What pick says of a token that it refuses, on the host and on a device.

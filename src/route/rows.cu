@@ -67,6 +67,38 @@ __global__ void __launch_bounds__(kThreads) gather_tokens(const DeviceTokens a) 
   }
 }
 
+// An octet as two planes of bf16, rounded to f16 before.
+__device__ __forceinline__ void split(const f32 (&x)[8], uint4* high, uint4* low) {
+  gpu::Planes pair[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pair[i] = gpu::planes_of_f16(x[2 * i], x[2 * i + 1]);
+  *high = {pair[0].high, pair[1].high, pair[2].high, pair[3].high};
+  *low = {pair[0].low, pair[1].low, pair[2].low, pair[3].low};
+}
+
+// The same for f16 layers; the second plane begins after the slots of problem.max_tokens.
+__global__ void __launch_bounds__(kThreads) gather_planes(const DeviceTokens a) {
+  gpu::begin();
+  const Problem& problem = a.problem;
+  const Place at = place(problem.hidden);
+  const i64 octets = problem.hidden / 8;
+  if (at.octet >= octets) return;
+  f32 x[8];
+  gpu::load_octet(a.hidden.row(at.row), a.hidden.dtype, at.octet, x);
+#pragma unroll
+  for (f32& value : x) value = format::from_f16(format::to_f16_saturated(value));
+  uint4* rows = reinterpret_cast<uint4*>(a.rows) + at.octet;
+  const i64 plane = i64{problem.max_tokens} * problem.top_k * octets;
+  for (i64 pick = at.row * problem.top_k; pick < (at.row + 1) * problem.top_k; ++pick) {
+    const i32 slot = a.slots.pick_slot[pick];
+    if (slot < 0) continue;
+    f32 product[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) product[i] = problem.routing.weight_on_input ? x[i] * a.slots.weights[pick] : x[i];
+    split(product, &rows[slot * octets], &rows[plane + slot * octets]);
+  }
+}
+
 // [rows, columns] codes, scales and decoded values, of which octet `index` is written.
 struct To {
   u8* codes;
@@ -156,10 +188,8 @@ Status launch_rows(const char* name, void (*kernel)(DeviceRows), const DeviceRow
 Status launch_gather(const DeviceTokens& args, void* stream) {
   if (args.tokens == 0) return {};
   if (Status status = gpu::check_rows("hidden_states", args.hidden); !status.ok()) return status;
-  if (args.problem.activations != format::Dtype::bf16 || args.hidden.dtype == format::Dtype::f16) {
-    return refuse(Reason::dtype_unsupported, "slots of f16 tokens are not gathered on a device, bf16 are");
-  }
-  return gpu::launch("gather", gather_tokens, {blocks(args.tokens, args.problem.hidden), kThreads}, args, stream);
+  const auto kernel = args.problem.activations == format::Dtype::f16 ? gather_planes : gather_tokens;
+  return gpu::launch("gather", kernel, {blocks(args.tokens, args.problem.hidden), kThreads}, args, stream);
 }
 
 Status launch_quantise(const DeviceTokens& args, void* stream) {

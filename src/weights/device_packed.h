@@ -10,6 +10,7 @@
 #include "executor.h"
 #include "gpu/runtime.h"
 #include "weights/expert_table.h"
+#include "weights/window.h"
 
 namespace fourmoe {
 struct Problem;
@@ -17,37 +18,39 @@ struct Problem;
 
 namespace fourmoe::weights {
 
-// Rows of an NVFP4 matrix in device memory.
+// Rows of a matrix in device memory.
 struct Rows {
-  const u8* codes = nullptr;   // [rows, cols/2] E2M1 pairs, low nibble first, any alignment; null for no matrix
-  const u8* scales = nullptr;  // [rows, cols/16] E4M3
-  i64 codes_stride = 0;        // bytes
+  const u8* values = nullptr;  // [rows, cols/2] E2M1 pairs, low nibble first, or [rows, cols] bf16; any alignment; null
+                               // for no matrix
+  const u8* scales = nullptr;  // [rows, cols/block] E4M3 or E8M0; null unless 4-bit
+  i64 values_stride = 0;       // bytes
   i64 scales_stride = 0;       // bytes
+  i32 window = 0;              // mxfp4: the first exponent of the matrix's window (window.h)
 };
 
 // Some bands of one projection: what a room packs with one launch.
 struct Piece {
   Rows gate;  // empty for down, and where there is no gate
   Rows up;
-  i32 rows = 0;  // of each matrix in this piece, starting with a band
+  format::Encoding encoding = format::Encoding::nvfp4;  // or mxfp4, bf16
+  i32 rows = 0;                                         // of each matrix in this piece, starting with a band
   i32 cols = 0;
   std::byte* out = nullptr;  // its first band
 };
 
 // How a room packs; what a Step states.
 struct Packing {
-  i32 (*band_rows)(bool gated);               // rows of a matrix in a band
-  i64 (*band_bytes)(i32 cols);                // of a blob in a band
-  Status (*pack)(const Piece&, gpu::Stream);  // enqueues
+  i32 (*band_rows)(bool gated);                   // rows of a matrix in a band
+  i64 (*band_bytes)(format::Encoding, i32 cols);  // of a blob in a band
+  i32 (*exponent)(format::Encoding, i32 window);  // of the power of two that joins a matrix's global
+  Status (*pack)(const Piece&, gpu::Stream);      // enqueues
 };
-
-i64 blob_bytes(const Packing& packing, i32 rows, i32 cols, bool gated);
 
 // Owner of a layer's blobs and of its DeviceTable.
 class DevicePacked {
  public:
-  // Takes memory for the layer and packs it. Throws Error: out_of_memory, device_failed, internal when the experts'
-  // shapes or encodings differ.
+  // Takes memory for the layer and packs it. Throws Error: out_of_memory, device_failed, tensor_mismatch when the
+  // experts' shapes or encodings differ, encoding_unsupported when a matrix's MXFP4 scales fit no window.
   DevicePacked(const Problem& problem, std::span<const Expert> experts, const Packing& packing, i32 device,
                Executor& executor);
 
@@ -60,11 +63,25 @@ class DevicePacked {
 
  private:
   class Upload;
+  enum Projection { kGate, kUp, kDown };
+  struct Source {
+    const format::Matrix& matrix;
+    i32 window;  // the first exponent
+  };
+  i32 window(i64 expert, Projection projection) const {
+    return windows_.empty() ? 0 : windows_[3 * expert + projection];
+  }
+  f32 global(const Source& source) const;
+  i64 blob_bytes(i32 rows, i32 cols, bool gated) const;
+  i64 row_bytes(i32 cols) const;
+  void check(std::span<const Expert> experts) const;
   void lay_out();
+  std::vector<Exponents> scan(std::span<const Expert> experts, Executor& executor) const;
+  void find_windows(std::span<const Expert> experts, Executor& executor);
   void write_numbers(std::span<const Expert> experts);
   std::byte* gemm1_blob(i64 expert) const;
   std::byte* gemm2_blob(i64 expert) const;
-  void pack(const format::Matrix& gate, const format::Matrix& up, std::byte* blob, Upload* upload) const;
+  void pack(const Source& gate, const Source& up, std::byte* blob, Upload* upload) const;
   void pack(std::span<const Expert> experts, Executor& executor);
 
   const Packing& packing_;
@@ -72,12 +89,14 @@ class DevicePacked {
   i32 experts_;
   i32 hidden_;
   i32 inter_;
+  format::Encoding encoding_;
   bool gated_;
   bool quantised_;       // w4a4: globals include the scales of what they multiply
   bool biases_[3];       // gate, up, down
   gpu::Buffer blobs_;    // gemm1 of all experts, then gemm2
   gpu::Buffer numbers_;  // what table_ points to: addresses, scales, biases
   std::vector<std::byte> numbers_host_;
+  std::vector<i32> windows_;  // [experts, 3] first exponents of gate, up and down; empty unless mxfp4
   DeviceTable table_;
 };
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <thread>
 
 #include "case.h"
@@ -17,6 +19,7 @@ namespace {
 using cases::Routes;
 using cases::Spec;
 using format::Dtype;
+using format::Encoding;
 
 LayerOptions options(Precision precision, i32 device = 0) {
   LayerOptions o;
@@ -64,9 +67,25 @@ std::vector<Spec> specs() {
   }
   for (const i32 tokens : {0, 1, 7, 300}) all.push_back(spec(256, 128, 16, 4, tokens));  // 300: three passes
   all.push_back(spec(256, 128, 300, 8, 300));
+  for (const auto& [hidden, inter] : {std::pair{32, 96}, {2880, 2880}, {96, 1056}}) {
+    all.push_back(spec(hidden, inter, 4, 2, 9));
+    all.back().problem.encoding = Encoding::mxfp4;
+    all.back().problem.activation.kind = ActivationKind::swiglu_clamped;
+    all.back().biases = true;
+  }
   for (std::size_t i = 0, count = all.size(); i < count; ++i) {
     all.push_back(all[i]);
     all.back().problem.precision = Precision::w4a4;
+  }
+  for (std::size_t i = 0, count = all.size(); i < count; ++i) {
+    all.push_back(all[i]);
+    all.back().hidden = Dtype::f16;
+    all.back().amplitude = std::clamp(all[i].amplitude, 1e-2f, 1e3f);  // beyond them f16 ends or all becomes 0
+  }
+  for (std::size_t i = 0, count = all.size(); i < count; i += 3) {
+    if (all[i].problem.precision != Precision::w4a16) continue;
+    all.push_back(all[i]);
+    all.back().problem.encoding = Encoding::bf16;
   }
   for (std::size_t i = 0; i < all.size(); ++i) all[i].seed = i + 1;
   return all;
@@ -87,16 +106,25 @@ TEST_P(EveryCase, IsWithinItsBoundOfTheReference) {
 INSTANTIATE_TEST_SUITE_P(Device, EveryCase, testing::ValuesIn(specs()),
                          [](const auto& at) { return "case" + std::to_string(at.index); });
 
-class EveryPrecision : public testing::TestWithParam<Precision> {
+// What the promises are made for: the numerics, the weights' form and the tokens' type.
+struct Kind {
+  const char* name;
+  Precision precision;
+  Encoding encoding = Encoding::nvfp4;
+  Dtype hidden = Dtype::bf16;
+};
+
+class EveryPrecision : public testing::TestWithParam<Kind> {
  protected:
   Spec usual(i32 tokens = 37) const {
-    Spec s = spec(96, 80, 8, 3, tokens);
-    s.problem.precision = GetParam();
+    Spec s = spec(96, GetParam().encoding == Encoding::mxfp4 ? 64 : 80, 8, 3, tokens);
+    s.problem.precision = GetParam().precision;
+    s.problem.encoding = GetParam().encoding;
+    s.hidden = GetParam().hidden;
     return s;
   }
-  Layer layer(const Spec& s) const {
-    return Layer(cases::random_layer(s.problem, s.seed, s.biases), options(GetParam()));
-  }
+  LayerOptions how(i32 device = 0) const { return options(GetParam().precision, device); }
+  Layer layer(const Spec& s) const { return Layer(cases::random_layer(s.problem, s.seed, s.biases), how()); }
   static std::vector<u8> run(Layer* l, const LayerCall& call, std::vector<u8>* output) {
     throw_unless_ok(cases::run_mirrored(l, call));
     return *output;
@@ -137,11 +165,13 @@ TEST_P(EveryPrecision, ATokenDoesNotSeeItsBatch) {
 // Deep enough that the finest tiles would split K, were it allowed.
 TEST_P(EveryPrecision, ABatchInvariantTokenDoesNotSeeItsBatch) {
   FOURMOE_NEEDS_HOPPER();
-  const Spec s = spec(2048, 1088, 8, 3, 100);
+  Spec s = usual(100);
+  s.problem.hidden = 2048;
+  s.problem.inter = 1088;
   const cases::Call call(s);
-  LayerOptions how = options(GetParam());
-  how.batch_invariant = true;
-  Layer l(cases::random_layer(s.problem, s.seed, false), how);
+  LayerOptions invariant = how();
+  invariant.batch_invariant = true;
+  Layer l(cases::random_layer(s.problem, s.seed, false), invariant);
   std::vector<u8> output;
   const std::vector<u8> batch = run(&l, call.view(&output, Dtype::f32), &output);
   const i64 row = s.problem.hidden * 4;
@@ -210,19 +240,19 @@ TEST_P(EveryPrecision, ShardsOfTheExpertsSumToTheLayer) {
     all.problem.local_experts = count;
     all.experts = {all.experts.begin() + first, all.experts.begin() + first + count};
     std::vector<u8> output;
-    Layer shard(std::move(all), options(GetParam()));
+    Layer shard(std::move(all), how());
     throw_unless_ok(cases::run_mirrored(&shard, call.view(&output, Dtype::f32)));
     for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += format::read(output.data(), Dtype::f32, i);
   }
-  EXPECT_LE(cases::rel_l2(sum, cases::run(s, options(GetParam()))), 1e-6);
+  EXPECT_LE(cases::rel_l2(sum, cases::run(s, how())), 1e-6);
 }
 
 // The shared expert's output is combine's addend; the router's logits come from the checkpoint.
-TEST_P(EveryPrecision, SharedExpertsAndTheCheckpointsRouterAgreeWithTheHost) {
-  FOURMOE_NEEDS_HOPPER();
-  const Spec s = usual(11);
+void check_shared(const Spec& s, Encoding shared, const std::function<LayerOptions(i32)>& how) {
   checkpoint::Layer layer = cases::random_layer(s.problem, s.seed, false);
-  checkpoint::Layer extra = cases::random_layer(cases::problem(96, 48, 1, 1), 77, false);
+  Problem extra_problem = cases::problem(96, 48, 1, 1);
+  extra_problem.encoding = shared;
+  checkpoint::Layer extra = cases::random_layer(extra_problem, 77, false);
   layer.shared = checkpoint::Layer::Shared{};
   layer.shared->problem = extra.problem;
   layer.shared->problem.routing.score = Score::none;
@@ -255,13 +285,20 @@ TEST_P(EveryPrecision, SharedExpertsAndTheCheckpointsRouterAgreeWithTheHost) {
     std::vector<f32> weights(11 * 3);
     routed.picked_ids = ids[device + 1].data();
     routed.picked_weights = weights.data();
-    Layer l(layer, options(GetParam(), device));
+    Layer l(layer, how(device));
     throw_unless_ok(cases::run_mirrored(&l, routed));
     for (std::size_t i = 0; i < bytes.size() / 4; ++i)
       outputs[device + 1].push_back(format::read(bytes.data(), Dtype::f32, i));
   }
   EXPECT_EQ(ids[1], ids[0]);
   EXPECT_LE(cases::rel_l2(outputs[1], outputs[0]), cases::bound(s.problem));
+}
+
+TEST_P(EveryPrecision, SharedExpertsAndTheCheckpointsRouterAgreeWithTheHost) {
+  FOURMOE_NEEDS_HOPPER();
+  for (const Encoding shared : {Encoding::nvfp4, Encoding::bf16}) {
+    check_shared(usual(11), shared, [&](i32 device) { return how(device); });
+  }
 }
 
 TEST_P(EveryPrecision, RefitsInPlace) {
@@ -273,7 +310,7 @@ TEST_P(EveryPrecision, RefitsInPlace) {
   const std::vector<u8> before = run(&l, call.view(&output, Dtype::f32), &output);
   l.refit(cases::random_layer(s.problem, s.seed + 1, false));
   const std::vector<u8> after = run(&l, call.view(&output, Dtype::f32), &output);
-  Layer fresh(cases::random_layer(s.problem, s.seed + 1, false), options(GetParam()));
+  Layer fresh(cases::random_layer(s.problem, s.seed + 1, false), how());
   EXPECT_NE(after, before);
   EXPECT_EQ(after, run(&fresh, call.view(&output, Dtype::f32), &output));
 }
@@ -352,8 +389,45 @@ TEST_P(EveryPrecision, ThreadsWithStreamsOfTheirOwnTakeTurns) {
   EXPECT_EQ(wrong, 0);
 }
 
-INSTANTIATE_TEST_SUITE_P(Device, EveryPrecision, testing::Values(Precision::w4a16, Precision::w4a4),
-                         [](const auto& at) { return std::string(precision_name(at.param)); });
+INSTANTIATE_TEST_SUITE_P(Device, EveryPrecision,
+                         testing::Values(Kind{"w4a16", Precision::w4a16}, Kind{"w4a4", Precision::w4a4},
+                                         Kind{"w4a16_mxfp4", Precision::w4a16, Encoding::mxfp4},
+                                         Kind{"w4a16_bf16", Precision::w4a16, Encoding::bf16},
+                                         Kind{"w4a16_f16", Precision::w4a16, Encoding::nvfp4, Dtype::f16}),
+                         [](const auto& at) { return std::string(at.param.name); });
+
+// Infinite f16 saturates, infinite bf16 does not, NaN stays: a token's own affair.
+TEST(DeviceLayer, TokensThatAreNotFiniteComeOutAsTheReferenceGivesThem) {
+  FOURMOE_NEEDS_HOPPER();
+  for (const Dtype dtype : {Dtype::f16, Dtype::bf16}) {
+    Spec s = spec(96, 80, 8, 3, 6);
+    s.hidden = dtype;
+    cases::Call call(s);
+    const f32 values[] = {INFINITY, -INFINITY, NAN, 65504.0f};
+    const auto bits = [&](f32 x) { return dtype == Dtype::f16 ? format::to_f16(x) : format::to_bf16(x); };
+    for (int t = 0; t < 4; ++t) {
+      const u16 value = bits(values[t]);
+      std::memcpy(call.hidden.data() + (t * 96 + 17) * 2, &value, 2);
+    }
+    std::vector<u8> outputs[2];
+    for (const i32 device : {-1, 0}) {
+      LayerOptions o = options(Precision::w4a16, device);
+      if (device < 0) o.backend = "reference";
+      Layer l(cases::random_layer(s.problem, 3, false), o);
+      throw_unless_ok(cases::run_mirrored(&l, call.view(&outputs[device + 1], Dtype::f32)));
+    }
+    for (i64 t = 0; t < 6; ++t) {
+      std::vector<f64> found, wanted;
+      for (i64 i = t * 96; i < (t + 1) * 96; ++i) {
+        wanted.push_back(format::read(outputs[0].data(), Dtype::f32, i));
+        found.push_back(format::read(outputs[1].data(), Dtype::f32, i));
+        ASSERT_EQ(std::isnan(found.back()), std::isnan(wanted.back())) << format::dtype_name(dtype) << " " << t;
+      }
+      if (std::isnan(wanted[0])) continue;
+      EXPECT_LE(cases::rel_l2(found, wanted), cases::bound(s.problem)) << t;
+    }
+  }
+}
 
 // Calls that must be refused, and what only kernels see.
 
@@ -434,12 +508,6 @@ TEST_F(BadCall, AFaultOfALaterPassSaysWhatItCounts) {
          "topk_ids[2, 0] is -7, expected -1 to 3 (counting from the first token of a pass of 128)");
 }
 
-TEST_F(BadCall, F16TokensAreRefusedWithWhatWouldPass) {
-  spec_.hidden = Dtype::f16;
-  const cases::Call call(spec_);
-  expect(cases::run_mirrored(layer_.get(), call.view(&output_, Dtype::f32)), Reason::no_plan, "bf16 would pass");
-}
-
 TEST_F(BadCall, ACaptureWithoutAnyWorkspace) {
   cases::Mirror mirror(*layer_, data_->view(&output_, Dtype::f32));
   gpu::OwnStream stream;
@@ -456,12 +524,11 @@ TEST_F(BadCall, ACaptureWithoutAnyWorkspace) {
 TEST(DeviceLayer, DeviceAndBackendMustAgree) {
   FOURMOE_NEEDS_HOPPER();
   const Spec s = spec(64, 48, 4, 2, 3);
-  const auto make = [&](i32 device, const char* backend, format::Encoding encoding) {
+  const auto make = [&](i32 device, const char* backend, Encoding encoding) {
     LayerOptions o = options(Precision::w4a16, device);
     o.backend = backend;
     Spec changed = s;
     changed.problem.encoding = encoding;
-    if (encoding == format::Encoding::mxfp4) changed.problem.inter = 64;
     try {
       Layer(cases::random_layer(changed.problem, 1, false), o);
     } catch (const Error& error) {
@@ -473,10 +540,10 @@ TEST(DeviceLayer, DeviceAndBackendMustAgree) {
   EXPECT_NE(make(0, "cpu", format::Encoding::nvfp4).find("device host"), std::string::npos);
   EXPECT_NE(make(-1, "sm90", format::Encoding::nvfp4).find("device cuda:0"), std::string::npos);
   EXPECT_NE(make(99, "auto", format::Encoding::nvfp4).find("device_missing"), std::string::npos);
-  EXPECT_NE(make(0, "auto", format::Encoding::mxfp4).find("weights are mxfp4; nvfp4 would pass"), std::string::npos);
+  EXPECT_NE(make(0, "auto", Encoding::fp8).find("weights are fp8; nvfp4, mxfp4 or bf16 would pass"), std::string::npos);
 }
 
-TEST(DeviceLayer, DenseSharedExpertsAndRoutersOf8BitsAreRefused) {
+TEST(DeviceLayer, SharedExpertsAndRoutersOf8BitsAreRefused) {
   FOURMOE_NEEDS_HOPPER();
   const auto make = [](const checkpoint::Layer& layer) {
     try {
@@ -489,11 +556,11 @@ TEST(DeviceLayer, DenseSharedExpertsAndRoutersOf8BitsAreRefused) {
   const Spec s = spec(64, 48, 4, 2, 3);
   checkpoint::Layer layer = cases::random_layer(s.problem, 1, false);
   Problem dense = cases::problem(64, 32, 1, 1);
-  dense.encoding = format::Encoding::bf16;
+  dense.encoding = Encoding::fp8;
   checkpoint::Layer extra = cases::random_layer(dense, 2, false);
   layer.shared = checkpoint::Layer::Shared{dense, extra.experts[0], {}};
   EXPECT_NE(make(layer).find("shared experts: "), std::string::npos) << make(layer);
-  EXPECT_NE(make(layer).find("weights are bf16; nvfp4 would pass"), std::string::npos) << make(layer);
+  EXPECT_NE(make(layer).find("weights are fp8; nvfp4, mxfp4 or bf16 would pass"), std::string::npos) << make(layer);
   layer.shared.reset();
   EXPECT_EQ(make(layer), "");
   layer.router = extra.experts[0].up;

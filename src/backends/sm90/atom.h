@@ -72,6 +72,16 @@ FOURMOE_HD u32 scale_pair(u32 word, int step) {
   return mask_or(step == 0 ? word : rotate_left(word, 8), kScaleMask, kScaleHigh);
 }
 
+// MXFP4's scales are powers of two: 7 bits are the low bits of a bf16's exponent, whose high bit is set: 2^(1 + bits).
+// All 127 of them times the least code are normal numbers.
+inline constexpr u32 kPowerMask = 0x3f803f80u;
+inline constexpr u32 kPowerHigh = 0x40004000u;
+inline constexpr int kPowerExponent = -125;  // code 2^-126 times the power of bits 0
+
+FOURMOE_HD u32 power_pair(u32 word, int step) {
+  return mask_or(step == 0 ? word : rotate_left(word, 8), kPowerMask, kPowerHigh);
+}
+
 // The inverses, for packers and tests.
 
 // A byte of two codes, the low nibble first, in place: both halves of a register.
@@ -117,6 +127,12 @@ inline std::array<u32, 2> join_codes(const std::array<std::array<u8, 2>, 8>& a) 
 FOURMOE_HD u32 join_scales(u8 g0, u8 h0, u8 g1, u8 h1) {
   const u32 second = u32{g1} << 4 | u32{h1} << 20;
   return (u32{g0} << 4 | u32{h0} << 20) | (second >> 8 | second << 24);
+}
+
+// Powers likewise -> the word that power_pair reads.
+FOURMOE_HD u32 join_powers(u8 g0, u8 h0, u8 g1, u8 h1) {
+  const u32 second = u32{g1} << 7 | u32{h1} << 23;
+  return (u32{g0} << 7 | u32{h0} << 23) | (second >> 8 | second << 24);
 }
 
 }  // namespace fourmoe::sm90

@@ -44,6 +44,8 @@ i64 bytes(const Problem& problem, const Machine&) {
   call.rows = args.slots.rows;
   call.y = scratch.wide == nullptr ? args.inter.rows : nullptr;
   call.y_wide = scratch.wide;
+  call.form = form_of(problem);
+  call.powers = problem.encoding == format::Encoding::mxfp4;
   call.experts = problem.local_experts;
   call.hidden = problem.hidden;
   call.inter = problem.inter;

@@ -5,18 +5,23 @@
 
 #include "backends/sm90/tiles.cuh"
 #include "gemm1/activation.h"
+#include "gpu/values.cuh"
 
 namespace fourmoe::sm90 {
 
 // Sums to gemm2's tokens. A thread holds rows g and g + 8 of its warp's sixteen: a gate and its up, or two ups.
+template <int kPlanes>
 struct Activate {
   const f32* globals;    // [experts, 2] of gate and of up
   const f32* gate_bias;  // [experts, inter]; null for none
   const f32* up_bias;    // [experts, inter]; null for none
   Activation activation;
-  u16* y;       // [slots, inter] bf16; null: y_wide
+  u16* y;       // [kPlanes, slots, inter] bf16; null: y_wide
   f32* y_wide;  // [slots, inter]
   i32 inter;
+  i64 plane = 0;  // elements between two planes of y
+
+  static constexpr bool takes(const Form& form) { return form.planes == kPlanes; }
 
   template <int kSlots, class Place>
   __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
@@ -66,6 +71,12 @@ struct Activate {
     }
   }
 
+  static __device__ __forceinline__ gpu::Planes planes_of(f32 first, f32 second) {
+    if constexpr (kPlanes == 2) return gpu::planes_of_f16(first, second);
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return {*reinterpret_cast<const u32*>(&pair), 0};
+  }
+
   // A warp's 8 features of all slots: value(4j + c) is feature g of slot 8j + 2t + c.
   template <int kSlots, class Place, class Value>
   __device__ void write(const Place& place, int feature, const Value& value) const {
@@ -74,9 +85,13 @@ struct Activate {
     u16* row = y + i64{place.slot + lane / 4} * inter + feature + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(value(4 * j), value(4 * j + 1));
-      const u32 turned = gpu::isa::transpose(*reinterpret_cast<const u32*>(&pair));  // slot 8j + g, features 2t, 2t + 1
-      if (place.uses(8 * j + lane / 4)) *reinterpret_cast<u32*>(row) = turned;
+      const gpu::Planes pair = planes_of(value(4 * j), value(4 * j + 1));
+      const u32 high = gpu::isa::transpose(pair.high);  // slot 8j + g, features 2t, 2t + 1
+      const u32 low = kPlanes == 2 ? gpu::isa::transpose(pair.low) : 0;
+      if (place.uses(8 * j + lane / 4)) {
+        *reinterpret_cast<u32*>(row) = high;
+        if constexpr (kPlanes == 2) *reinterpret_cast<u32*>(row + plane) = low;
+      }
       row = gpu::isa::advance(row, i64{8} * inter * sizeof(u16));
     }
   }

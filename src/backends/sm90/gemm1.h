@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "backends/sm90/tiles.h"
 #include "flow.h"
 
 namespace fourmoe::sm90 {
@@ -14,9 +15,12 @@ struct Gemm1 {
   const f32* gate_bias = nullptr;           // [experts, inter]; null for none
   const f32* up_bias = nullptr;             // [experts, inter]; null for none
   const i32* expert_begin = nullptr;        // [experts + 1] first slot of each expert; last = slots in use
-  const u16* rows = nullptr;                // [max_slots, hidden] bf16, sorted by expert; aligned to 16 bytes
-  u16* y = nullptr;                         // [max_slots, inter] bf16, overwritten in rows in use; null for y_wide
-  f32* y_wide = nullptr;                    // [max_slots, inter] the same before rounding; null for y
+  const u16* rows = nullptr;  // [form.planes, max_slots, hidden] bf16, sorted by expert; aligned to 16 bytes
+  u16* y = nullptr;           // [form.planes, max_slots, inter] bf16, two planes: the f16 values that they
+                              // sum to; overwritten in rows in use; null for y_wide
+  f32* y_wide = nullptr;      // [max_slots, inter] the same before rounding; null for y
+  Form form;
+  bool powers = false;  // blobs are packed from MXFP4
   i32 experts = 0;
   i32 hidden = 0;
   i32 inter = 0;

@@ -20,6 +20,8 @@ Status run(const Bound& bound) {
     call.expert_begin = args.slots.expert_begin;
     call.rows = args.inter.rows;
     call.z = args.partial.rows;
+    call.form = form_of(problem);
+    call.powers = problem.encoding == format::Encoding::mxfp4;
     call.experts = problem.local_experts;
     call.hidden = problem.hidden;
     call.inter = problem.inter;

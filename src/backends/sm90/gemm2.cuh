@@ -11,6 +11,8 @@ struct Project {
   f32* z;              // [slots, hidden]; overwritten where slots are in use
   i32 hidden;
 
+  static constexpr bool takes(const Form&) { return true; }
+
   template <int kSlots, class Place>
   __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
     const int lane = threadIdx.x % 32;

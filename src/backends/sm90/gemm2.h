@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "backends/sm90/tiles.h"
 #include "flow.h"
 
 namespace fourmoe::sm90 {
@@ -13,8 +14,10 @@ struct Gemm2 {
   const f32* globals = nullptr;             // [experts] global scale of down
   const f32* bias = nullptr;                // [experts, hidden]; null for none
   const i32* expert_begin = nullptr;        // [experts + 1] first slot of each expert; last = slots in use
-  const u16* rows = nullptr;                // [max_slots, inter] bf16; aligned to 16 bytes
+  const u16* rows = nullptr;                // [form.planes, max_slots, inter] bf16; aligned to 16 bytes
   f32* z = nullptr;                         // [max_slots, hidden], overwritten in rows in use
+  Form form;
+  bool powers = false;  // blobs are packed from MXFP4
   i32 experts = 0;
   i32 hidden = 0;
   i32 inter = 0;

@@ -10,25 +10,45 @@
 namespace fourmoe::sm90 {
 namespace {
 
+using format::Encoding;
+using format::Matrix;
+
 // A row of the blob: a row of one of the matrices, or nothing but zeros.
 struct Source {
-  const format::Matrix* matrix = nullptr;
+  const Matrix* matrix = nullptr;
   int row = 0;
+  i32 window = 0;  // mxfp4: of the matrix
 
-  u8 scale_byte(int column) const {
-    return matrix == nullptr || column >= matrix->cols ? u8{0} : matrix->scale_row(row)[column / format::kNvfp4Block];
-  }
+  bool has(int column) const { return matrix != nullptr && column < matrix->cols; }
+  u8 scale_byte(int column) const { return matrix->scale_row(row)[column / format::block_of(matrix->encoding)]; }
   // Codes of columns `column`, + 1 (even) as the checkpoint's byte.
-  u8 code_pair(int column) const { return scale_byte(column) == 0 ? u8{0} : matrix->row(row)[column / 2]; }
-  u8 scale(int column) const { return format::to_ue5m3(scale_byte(column)); }
+  u8 code_pair(int column) const {
+    if (!has(column) || (matrix->encoding == Encoding::nvfp4 && scale_byte(column) == 0)) return 0;
+    return matrix->row(row)[column / 2];
+  }
+  u8 scale(int column) const {
+    if (!has(column)) return 0;
+    const u8 byte = scale_byte(column);
+    return matrix->encoding == Encoding::mxfp4 ? weights::to_power(byte, window) : format::to_ue5m3(byte);
+  }
+  // Dense values of columns `column`, + 1.
+  u32 value_pair(int column) const { return has(column) ? format::load<u32>(matrix->row(row) + 2 * column) : 0; }
+};
+
+// Both matrices of a blob; gate may be null.
+struct Matrices {
+  const Matrix* gate;
+  const Matrix* up;
+  i32 gate_window = 0;
+  i32 up_window = 0;
 };
 
 // Row `row` of the blob: sixteens of 8 gate and 8 up rows when there is a gate.
-Source source_of(const format::Matrix* gate, const format::Matrix& up, int row) {
-  if (gate == nullptr) return row < up.rows ? Source{&up, row} : Source{};
-  const int feature = row / 16 * 8 + row % 8;
-  if (feature >= up.rows) return {};
-  return {row % 16 < 8 ? gate : &up, feature};
+Source source_of(const Matrices& m, int row) {
+  const bool gated = m.gate != nullptr;
+  const int feature = gated ? row / 16 * 8 + row % 8 : row;
+  if (feature >= m.up->rows) return {};
+  return gated && row % 16 < 8 ? Source{m.gate, feature, m.gate_window} : Source{m.up, feature, m.up_window};
 }
 
 // What one thread reads of a tile: rows g and h, columns of K steps `column`, + 16, + 32, + 48 (column is a multiple of
@@ -47,15 +67,29 @@ void pack_thread(const Source& g, const Source& h, int column, int t, u8* codes)
   }
 }
 
-void pack_tile(const format::Matrix* gate, const format::Matrix& up, int row, int column, u8* tile) {
+void pack_dense_tile(const Matrices& m, int row, int column, u8* tile) {
+  for (int step = 0; step < 4; ++step) {
+    for (int thread = 0; thread < 128; ++thread) {
+      const int top = row + thread / 32 * 16 + thread % 32 / 4;
+      const int first = column + 16 * step + thread % 4 * 2;
+      const Source g = source_of(m, top), h = source_of(m, top + 8);
+      const u32 words[4] = {g.value_pair(first), h.value_pair(first), g.value_pair(first + 8), h.value_pair(first + 8)};
+      std::memcpy(tile + 16 * (128 * step + thread), words, sizeof words);
+    }
+  }
+}
+
+void pack_tile(const Matrices& m, int row, int column, u8* tile) {
+  if (!format::is_fp4(m.up->encoding)) return pack_dense_tile(m, row, column, tile);
   for (int pair = 0; pair < 32; ++pair) {  // rows g and g + 8 of each warp's sixteen
     const int top = row + pair / 8 * 16 + pair % 8;
-    const Source g = source_of(gate, up, top);
-    const Source h = source_of(gate, up, top + 8);
+    const Source g = source_of(m, top);
+    const Source h = source_of(m, top + 8);
     for (int t = 0; t < 4; ++t) pack_thread(g, h, column, t, tile + (pair * 4 + t) * 16);
     for (int half = 0; half < 2; ++half) {
       const int k = column + 32 * half;
-      const u32 word = join_scales(g.scale(k), h.scale(k), g.scale(k + 16), h.scale(k + 16));
+      const auto join = m.up->encoding == Encoding::mxfp4 ? join_powers : join_scales;
+      const u32 word = join(g.scale(k), h.scale(k), g.scale(k + 16), h.scale(k + 16));
       std::memcpy(tile + kCodeBytes + pair * 8 + half * 4, &word, 4);
     }
   }
@@ -88,12 +122,31 @@ int choose_whole(const Load& load, i32 multiprocessors) {
   return load.split && blocks < 2.0 ? kWholeTile : blocks < 3.6 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
-void pack(const format::Matrix* gate, const format::Matrix& up, u8* blob) {
+int choose(const Form& form) {
+  if (form == Form{}) return -1;
+  for (int tile = 0; tile < kTileShapeCount; ++tile) {
+    if (kTileShapes[tile].form == form) return tile;
+  }
+  return -1;
+}
+
+Form form_of(const Problem& problem) {
+  const bool two = problem.precision == Precision::w4a16 && problem.activations == format::Dtype::f16;
+  return {!format::is_fp4(problem.encoding), two ? 2 : 1};
+}
+
+void pack(const Matrix* gate, const Matrix& up, u8* blob) {
+  Matrices matrices{gate, &up};
+  if (up.encoding == Encoding::mxfp4) {
+    if (gate != nullptr) matrices.gate_window = weights::find_exponents(*gate).first();
+    matrices.up_window = weights::find_exponents(up).first();
+  }
   const int rows = gate == nullptr ? up.rows : 2 * up.rows;
+  const int bytes = tile_bytes(up.encoding);
   const int steps = k_steps(up.cols);
   for (int tile = 0; tile < row_tiles(rows); ++tile) {
     for (int step = 0; step < steps; ++step) {
-      pack_tile(gate, up, tile * kTileRows, step * kTileColumns, blob + (i64{tile} * steps + step) * kTileBytes);
+      pack_tile(matrices, tile * kTileRows, step * kTileColumns, blob + (i64{tile} * steps + step) * bytes);
     }
   }
 }
@@ -101,7 +154,14 @@ void pack(const format::Matrix* gate, const format::Matrix& up, u8* blob) {
 namespace {
 
 i32 band_rows(bool gated) { return gated ? kTileRows / 2 : kTileRows; }
-i64 band_bytes(i32 cols) { return blob_bytes(kTileRows, cols); }
+i64 band_bytes(Encoding encoding, i32 cols) { return blob_bytes(kTileRows, cols, encoding); }
+
+// Epilogues add what sums of NVFP4 lack. Dense sums lack nothing, and those of MXFP4 what a power of bits 0 is to the
+// checkpoint, 2^(window - 127), and not to the atom.
+i32 exponent(Encoding encoding, i32 window) {
+  if (encoding == Encoding::mxfp4) return window - 127 - kPowerExponent + kProductExponent;
+  return encoding == Encoding::nvfp4 ? 0 : kProductExponent;
+}
 
 Status pack_on_device(const weights::Piece& piece, gpu::Stream stream) {
   if constexpr (gpu::kBuilt) return pack(piece, stream);
@@ -110,19 +170,13 @@ Status pack_on_device(const weights::Piece& piece, gpu::Stream stream) {
 
 }  // namespace
 
-const weights::Packing kPacking = {band_rows, band_bytes, pack_on_device};
+const weights::Packing kPacking = {band_rows, band_bytes, exponent, pack_on_device};
 
 Verdict can(const Problem& problem, const Machine& machine) {
   if (Verdict verdict = gpu::can(machine, 9, 0); !verdict.accepted()) return verdict;
-  if (problem.encoding != format::Encoding::nvfp4) {
-    return reject(Reason::encoding_unsupported,
-                  fmt::format("weights are {}; nvfp4 would pass", format::encoding_name(problem.encoding)));
-  }
-  if (problem.precision == Precision::w4a16 && problem.activations != format::Dtype::bf16) {
-    return reject(Reason::dtype_unsupported,
-                  fmt::format("activations are {}; bf16 would pass", format::dtype_name(problem.activations)));
-  }
-  return accept();
+  if (format::is_fp4(problem.encoding) || problem.encoding == Encoding::bf16) return accept();
+  return reject(Reason::encoding_unsupported, fmt::format("weights are {}; nvfp4, mxfp4 or bf16 would pass",
+                                                          format::encoding_name(problem.encoding)));
 }
 
 std::string describe(const Problem&, const Machine& machine) {

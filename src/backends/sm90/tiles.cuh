@@ -25,6 +25,7 @@ struct Operands {
   i32 experts;
   i32 row_tiles;  // of one expert, 64 rows each
   i32 steps;      // K steps, even
+  i32 plane = 0;  // rows between the tokens' planes
 };
 
 // A row tile by slots as an epilogue sees it.
@@ -72,9 +73,10 @@ __device__ void load_weights(Shared<T>& shared, const Job& job) {
     const Operands& operands = job.operands(tile.width);
     const int rows = min(T::kRowTiles, operands.row_tiles - tile.row_block * T::kRowTiles);
     const i64 row = tile.row_block * T::kRowTiles + lane;
-    const std::byte* from = operands.blobs[tile.expert] + row * operands.steps * kTileBytes;
-    for (int step = 0; step < operands.steps; step += T::kDepth, cursor.advance(), from += T::kDepth * kTileBytes) {
-      const u32 bytes = min(T::kDepth, operands.steps - step) * kTileBytes;
+    const std::byte* from = operands.blobs[tile.expert] + row * operands.steps * T::kWeightBytes;
+    for (int step = 0; step < operands.steps;
+         step += T::kDepth, cursor.advance(), from += T::kDepth * T::kWeightBytes) {
+      const u32 bytes = min(T::kDepth, operands.steps - step) * T::kWeightBytes;
       u64* full = &shared.ring.full[cursor.stage];
       gpu::wait(&shared.ring.empty[cursor.stage], cursor.lap ^ 1);
       if (lane == 0) gpu::isa::barrier_expect(full, rows * bytes);
@@ -92,39 +94,57 @@ __device__ void load_tokens(Shared<T>& shared, const Job& job) {
   gpu::Cursor<T::kStages> cursor;
   gpu::isa::wait_for_earlier();
   for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
-    const int steps = job.operands(tile.width).steps;
-    const u32 bytes = T::size(tile.width) * 128;
+    const Operands& operands = job.operands(tile.width);
+    const u32 bytes = T::kPlanes * T::size(tile.width) * 128;
     job.wait(tile);
-    for (int step = 0; step < steps; step += T::kDepth, cursor.advance()) {
-      const int depth = min(T::kDepth, steps - step);
+    for (int step = 0; step < operands.steps; step += T::kDepth, cursor.advance()) {
+      const int depth = min(T::kDepth, operands.steps - step);
       u64* full = &shared.ring.full[cursor.stage];
       gpu::wait(&shared.ring.empty[cursor.stage], cursor.lap ^ 1);
       if (lane == 0) gpu::isa::barrier_expect(full, depth * bytes);
       __syncwarp();
       if (lane >= depth) continue;
       u8* to = shared.stages[cursor.stage].tokens[lane];
-      gpu::isa::box_load(to, &job.tokens(tile.width), (step + lane) * kTileColumns, job.first_row(tile), full);
+#pragma unroll
+      for (int plane = 0; plane < T::kPlanes; ++plane, to += T::kPlaneBytes) {
+        const int row = job.first_row(tile) + plane * operands.plane;
+        gpu::isa::box_load(to, &job.tokens(tile.width), (step + lane) * kTileColumns, row, full);
+      }
     }
   }
 }
 
-// One step of one row tile: four wgmma over 64 columns. The first step of a tile begins new sums.
-template <int kSlots>
+// One step of one row tile: four wgmma over 64 columns of each plane. The first step of a tile begins new sums.
+template <class T, int kSlots>
 __device__ __forceinline__ void multiply_step(f32 (&d)[kSlots / 2], const u32 (&a)[4][4], const u8* tokens, bool add) {
   const u64 rows = gpu::isa::swizzled_rows(gpu::isa::shared_address(tokens));
   gpu::isa::wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < 4; ++k) gpu::isa::Wgmma<kSlots>::multiply(d, a[k], rows + 2 * k, add || k > 0);
+  for (int k = 0; k < 4; ++k) {
+    gpu::isa::Wgmma<kSlots>::multiply(d, a[k], rows + 2 * k, add || k > 0);
+    if constexpr (T::kPlanes == 2) {
+      gpu::isa::Wgmma<kSlots>::multiply(d, a[k], rows + T::kPlaneBytes / 16 + 2 * k, true);
+    }
+  }
   gpu::isa::wgmma_commit();
 }
 
+template <class T>
 __device__ __forceinline__ void unpack_tile(const u8* tile, u32 (&a)[4][4]) {
   const int thread = threadIdx.x % 128;
   const u32 base = gpu::isa::shared_address(tile);
+  if constexpr (T::kDense) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint4 pairs = gpu::isa::load_shared_16(base + 16 * (128 * k + thread));
+      a[k][0] = pairs.x, a[k][1] = pairs.y, a[k][2] = pairs.z, a[k][3] = pairs.w;
+    }
+    return;
+  }
   const uint4 codes = gpu::isa::load_shared_16(base + 16 * thread);
   const uint2 scales = gpu::isa::load_shared_8(base + kCodeBytes + 8 * (thread / 4));
-  unpack(codes.x, codes.y, scales.x, *reinterpret_cast<u32(*)[2][4]>(&a[0]));
-  unpack(codes.z, codes.w, scales.y, *reinterpret_cast<u32(*)[2][4]>(&a[2]));
+  unpack<T::kPowers>(codes.x, codes.y, scales.x, *reinterpret_cast<u32(*)[2][4]>(&a[0]));
+  unpack<T::kPowers>(codes.z, codes.w, scales.y, *reinterpret_cast<u32(*)[2][4]>(&a[2]));
 }
 
 // A warp lets go of a stage.
@@ -145,7 +165,7 @@ __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStag
   int before = -1;  // the stage that the last products still read
   if (first_step < steps) {
     gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
-    unpack_tile(shared.stages[cursor->stage].weights[first_row][first_step], a[0]);
+    unpack_tile<T>(shared.stages[cursor->stage].weights[first_row][first_step], a[0]);
   }
 #pragma unroll 1
   for (int step = first_step; step < steps; step += T::kDepth) {
@@ -154,16 +174,16 @@ __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStag
     cursor->advance();
 #pragma unroll
     for (int unit = 0; unit < 2 * T::kRows; ++unit) {
-      multiply_step<kSlots>(d[unit % T::kRows], a[unit % 2], stage.tokens[first_step + unit / T::kRows],
-                            step > first_step || unit >= T::kRows);
+      multiply_step<T, kSlots>(d[unit % T::kRows], a[unit % 2], stage.tokens[first_step + unit / T::kRows],
+                               step > first_step || unit >= T::kRows);
       gpu::isa::wgmma_wait<1>();
       if (unit == 0 && before >= 0) release(shared, before);
       const int next = unit + 1;
       if (next < 2 * T::kRows) {
-        unpack_tile(stage.weights[first_row + next % T::kRows][first_step + next / T::kRows], a[next % 2]);
+        unpack_tile<T>(stage.weights[first_row + next % T::kRows][first_step + next / T::kRows], a[next % 2]);
       } else if (step + T::kDepth < steps) {
         gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
-        unpack_tile(shared.stages[cursor->stage].weights[first_row][first_step], a[next % 2]);
+        unpack_tile<T>(shared.stages[cursor->stage].weights[first_row][first_step], a[next % 2]);
       }
     }
     before = here;
@@ -291,26 +311,38 @@ constexpr int shared_bytes() {
 // One GEMM of a call.
 template <class Epilogue>
 struct Gemm {
-  gpu::MappedRows rows;
+  gpu::MappedRows rows;  // of all planes
   Operands weights;
   const i32* expert_begin;
   Epilogue epilogue;
   bool early_weights;
+  bool powers;  // scales are MXFP4's
 };
+
+template <class T, class Epilogue>
+Status launch_kernel(const Gemm<Epilogue>& gemm, i32 multiprocessors, void* stream) {
+  Product<T, Epilogue> job{{}, gemm.weights, gemm.expert_begin, gemm.epilogue, gemm.early_weights};
+  for (int width = 0; width < T::kWidths; ++width) {
+    const Status status = gpu::map_rows(gemm.rows, T::size(width), &job.maps[width]);
+    if (!status.ok()) return status;
+  }
+  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T>(), true};
+  return gpu::launch(multiply_tiles<T, Product<T, Epilogue>>, shape, stream, job);
+}
 
 // Enqueues the kernel of kTileShapes[tile].
 template <int kTile = 0, class Epilogue>
 Status launch_tile(int tile, const Gemm<Epilogue>& gemm, i32 multiprocessors, void* stream) {
   if constexpr (kTile < kTileShapeCount) {
     if (tile != kTile) return launch_tile<kTile + 1>(tile, gemm, multiprocessors, stream);
-    using T = Tiles<kTile>;
-    Product<T, Epilogue> job{{}, gemm.weights, gemm.expert_begin, gemm.epilogue, gemm.early_weights};
-    for (int width = 0; width < T::kWidths; ++width) {
-      const Status status = gpu::map_rows(gemm.rows, T::size(width), &job.maps[width]);
-      if (!status.ok()) return status;
+    constexpr Form kForm = kTileShapes[kTile].form;
+    if constexpr (!Epilogue::takes(kForm)) {
+      return refuse(Reason::internal, "tile " + std::to_string(tile) + " is of another form");
+    } else if (kForm.dense || !gemm.powers) {
+      return launch_kernel<Tiles<kTile, false>>(gemm, multiprocessors, stream);
+    } else {
+      return launch_kernel<Tiles<kTile, !kForm.dense>>(gemm, multiprocessors, stream);
     }
-    const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T>(), true};
-    return gpu::launch(multiply_tiles<T, Product<T, Epilogue>>, shape, stream, job);
   } else {
     return refuse(Reason::internal, "no tile " + std::to_string(tile));
   }

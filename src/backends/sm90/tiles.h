@@ -3,7 +3,9 @@
 // Weights: [row tiles of 64][K steps of 64] tiles of 2304 bytes: 128 threads x 16 bytes of codes, then 32 x 8 bytes of
 // scales (backends/sm90/atom.h). A thread of warp w holds rows 16 w + g and 16 w + g + 8; with a gate, rows come in
 // sixteens of 8 gate and 8 up rows, so that a pair meets in one thread. K is padded to 128 with zeros, rows to 64.
-// Tokens: rows [slots, columns] bf16, sorted by expert; a tile of slots and 64 columns is one box of a tensor map.
+// Dense weights: tiles of 8192 bytes, for each K step of 16 the 128 threads' 16 bytes of bf16, as wgmma takes them.
+// Tokens: rows [slots, columns] bf16, sorted by expert; a tile of slots and 64 columns is one box of a tensor map. f16
+// tokens are the sum of two planes of such rows.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +20,18 @@ inline constexpr int kTileRows = 64;
 inline constexpr int kTileColumns = 64;
 inline constexpr int kCodeBytes = 2048;
 inline constexpr int kTileBytes = 2304;  // 64 * 64 * 0.5625
+inline constexpr int kDenseTileBytes = kTileRows * kTileColumns * 2;
 
 constexpr int row_tiles(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 constexpr int k_steps(int columns) { return (columns + 127) / 128 * 2; }  // even: a stage holds two
-constexpr i64 blob_bytes(int rows, int columns) { return i64{row_tiles(rows)} * k_steps(columns) * kTileBytes; }
+constexpr int tile_bytes(format::Encoding encoding) { return format::is_fp4(encoding) ? kTileBytes : kDenseTileBytes; }
+constexpr i64 blob_bytes(int rows, int columns, format::Encoding encoding = format::Encoding::nvfp4) {
+  return i64{row_tiles(rows)} * k_steps(columns) * tile_bytes(encoding);
+}
 
 // Packs one projection pair (gate and up, both [rows, columns]) or one matrix (gate null) into blob_bytes of the rows
-// that result: 2 * rows, or rows. NVFP4 only. Blocks whose scale is 0 get zero codes: the packed scale has no zero.
+// that result: 2 * rows, or rows. NVFP4, MXFP4 whose scales fit a window (weights/window.h), or bf16. Blocks whose
+// NVFP4 scale is 0 get zero codes: the packed scale has no zero.
 void pack(const format::Matrix* gate, const format::Matrix& up, u8* blob);
 
 // The same on a GPU, for the layer's packing on the device; enqueues. The piece's bands are row tiles.
@@ -36,6 +43,14 @@ extern const weights::Packing kPacking;
 Verdict can(const Problem& problem, const Machine& machine);
 std::string describe(const Problem& problem, const Machine& machine);
 
+// What a kernel multiplies.
+struct Form {
+  bool dense = false;  // weights are bf16, not packed codes
+  i32 planes = 1;      // of the tokens: bf16 one, f16 two, whose products with the same weights join the same sums
+
+  bool operator==(const Form&) const = default;
+};
+
 // A kernel's shape: blocks of weight rows by tiles of up to `sizes` tokens (wgmma's N), see gpu/schedule.cuh.
 struct TileShape {
   i32 groups;    // consuming warpgroups
@@ -44,6 +59,7 @@ struct TileShape {
   bool split;    // warpgroups share their row tiles and take turns at the K steps; sums are added in a fixed order
   i32 sizes[6];  // descending; 0 ends the list
   i32 feed = 4;  // tiles known ahead, see gpu/schedule.cuh
+  Form form = {};
 };
 
 // The shapes that are built; choose() and the benchmark name them by index.
@@ -55,6 +71,9 @@ inline constexpr TileShape kTileShapes[] = {
     {4, 1, 6, false, {64, 48, 40, 32, 24, 16}},
     {2, 2, 4, false, {128, 96, 64, 48, 32, 16}},
     {2, 1, 3, false, {256, 192, 128, 96, 64, 32}},
+    {4, 1, 4, false, {64, 48, 32, 24, 16, 8}, 4, {false, 2}},
+    {2, 1, 4, false, {64, 48, 32, 24, 16, 8}, 4, {true, 1}},
+    {2, 1, 3, false, {64, 48, 32, 24, 16, 8}, 4, {true, 2}},
     // Of one launch for the layer (whole.h); its two widths are the two GEMMs.
     {4, 1, 7, true, {8, 8}, 2},
     {4, 1, 8, false, {8, 8}, 2},
@@ -62,7 +81,7 @@ inline constexpr TileShape kTileShapes[] = {
 };
 inline constexpr int kSplitTile = 0;
 inline constexpr int kNarrowTile = 1;
-inline constexpr int kTileShapeCount = 7;           // for one GEMM
+inline constexpr int kTileShapeCount = 10;          // for one GEMM
 inline constexpr int kWholeTile = kTileShapeCount;  // the first of those for a layer
 
 // What a launch has to do.
@@ -79,13 +98,22 @@ int choose(const Load& load, i32 multiprocessors);
 // The shape for a layer in one launch, by the load of gemm2.
 int choose_whole(const Load& load, i32 multiprocessors);
 
-template <int kTile>
+// The shape for a form that has one, -1 for the usual form.
+int choose(const Form& form);
+
+Form form_of(const Problem& problem);
+
+// kPowersOfTwo: scales are MXFP4's (atom.h).
+template <int kTile, bool kPowersOfTwo = false>
 struct Tiles {
   static constexpr TileShape kShape = kTileShapes[kTile];
   static constexpr int kGroups = kShape.groups;
   static constexpr int kRows = kShape.rows;
   static constexpr int kStages = kShape.stages;
   static constexpr bool kSplit = kShape.split;
+  static constexpr bool kPowers = kPowersOfTwo;
+  static constexpr bool kDense = kShape.form.dense;
+  static constexpr int kPlanes = kShape.form.planes;
   static constexpr int kFeed = kShape.feed;
   static constexpr int kMost = kShape.sizes[0];
   static constexpr int kWidths =
@@ -112,9 +140,12 @@ struct Tiles {
   template <int kWidth>
   static constexpr int kSize = kShape.sizes[kWidth];
 
-  struct alignas(1024) Stage {       // a swizzle's period
-    u8 tokens[kDepth][kMost * 128];  // rows of 64 columns, 128-byte swizzle
-    u8 weights[kRowTiles][kDepth][kTileBytes];
+  static constexpr int kPlaneBytes = kMost * 128;
+  static constexpr int kWeightBytes = kDense ? kDenseTileBytes : kTileBytes;
+
+  struct alignas(1024) Stage {                 // a swizzle's period
+    u8 tokens[kDepth][kPlanes * kPlaneBytes];  // rows of 64 columns, 128-byte swizzle
+    u8 weights[kRowTiles][kDepth][kWeightBytes];
   };
 };
 

@@ -17,6 +17,14 @@ Verdict can_whole(const Problem& problem, const Machine& machine) {
     return reject(Reason::shape_unsupported,
                   fmt::format("max_tokens is {}; up to {} would pass", problem.max_tokens, kFewTokens));
   }
+  if (problem.encoding != format::Encoding::nvfp4) {
+    return reject(Reason::encoding_unsupported,
+                  fmt::format("weights are {}; nvfp4 would pass", format::encoding_name(problem.encoding)));
+  }
+  if (problem.activations != format::Dtype::bf16) {
+    return reject(Reason::dtype_unsupported,
+                  fmt::format("activations are {}; bf16 would pass", format::dtype_name(problem.activations)));
+  }
   if (problem.precision != Precision::w4a16) {
     return reject(Reason::precision_unsupported, "w4a4 quantises between the GEMMs; w4a16 would pass");
   }

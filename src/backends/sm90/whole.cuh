@@ -23,7 +23,7 @@ template <class T>
 struct Layer {
   CUtensorMap maps[2];  // the tokens; y
   Operands gemms[2];
-  Activate activate;
+  Activate<1> activate;
   Project project;
   Work work;
   combine::DeviceSum sum;

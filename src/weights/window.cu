@@ -1,0 +1,45 @@
+// Window of matrices in device memory.
+#include "weights/device_packed.h"
+#include "weights/window.h"
+
+namespace fourmoe::weights {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr u32 kAll = 0xffffffffu;
+
+// Any alignment: a checkpoint's tensors begin where they like.
+__device__ bool is_zero(const u8* codes, int bytes) {
+  u32 any = 0;
+  for (int i = 0; i < bytes; ++i) any |= codes[i];
+  return (any & 0x77u) == 0;
+}
+
+// A block of threads takes a row, a thread some of its blocks of 32.
+__global__ void __launch_bounds__(kThreads) find_in_rows(Rows matrix, i32 cols, FoundExponents* found) {
+  constexpr int kCodes = format::block_of(format::Encoding::mxfp4) / 2;
+  const u8* scales = matrix.scales + i64{blockIdx.x} * matrix.scales_stride;
+  const u8* codes = matrix.values + i64{blockIdx.x} * matrix.values_stride;
+  u32 most = 0;
+  u32 behind = 0;
+  for (int block = threadIdx.x; block < cols / (2 * kCodes); block += kThreads) {
+    const u32 scale = scales[block];
+    if (scale != kNotANumber && is_zero(codes + block * kCodes, kCodes)) continue;
+    most = max(most, scale);
+    behind = max(behind, 255 - scale);
+  }
+  most = __reduce_max_sync(kAll, most);
+  behind = __reduce_max_sync(kAll, behind);
+  if (threadIdx.x % 32 != 0) return;
+  atomicMax(&found->most, most);
+  atomicMax(&found->behind, behind);
+}
+
+}  // namespace
+
+Status find_exponents(const Rows& matrix, i32 rows, i32 cols, FoundExponents* found, gpu::Stream stream) {
+  find_in_rows<<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(matrix, cols, found);
+  return gpu::check_launch("find_exponents");
+}
+
+}  // namespace fourmoe::weights
