@@ -60,8 +60,8 @@ struct Outcome {
   bool passed() const { return error.empty() && rel_l2 <= bound; }
 };
 
-// One step at one precision on one set of weights; of a GPU's room all steps together, since none of them can hand its
-// result to the reference.
+// One step at one precision on one set of weights; of a GPU's room steps that follow each other together, since none of
+// them can hand its result to the reference.
 struct Verification {
   std::string weights;  // "3" or "3 shared"
   std::string step;     // or steps
@@ -83,12 +83,12 @@ struct Verification {
 
 bool overlaps(const Span& a, const Span& b) { return a.first <= b.last && b.first <= a.last; }
 
-// The step, and the reference's steps for the stages that it leaves.
+// The step, and for the stages that it leaves the reference's steps, on a GPU those of its own room.
 std::vector<const Step*> pins(const Step* step) {
+  const std::string_view room = step->place == Place::device ? step->room : "reference";
   std::vector<const Step*> pinned = {step};
   for (const Step* other : backends::list()) {
-    if (other->room == "reference" && other->name != "whole" && !overlaps(other->span, step->span))
-      pinned.push_back(other);
+    if (other->room == room && other->name != "whole" && !overlaps(other->span, step->span)) pinned.push_back(other);
   }
   return pinned;
 }
@@ -130,16 +130,19 @@ class Bench {
   Verification verify(const Step* step) {
     Machine target = machine();
     target.device = device_;
-    Verification v = {name_, step_words(*step), problem_.precision, step->can(problem_, target), {}};
+    Problem problem = problem_;
+    if (!step->can(problem, target).accepted()) problem.max_tokens = plan::kFewTokens;  // it may serve few alone
+    Verification v = {name_, step_words(*step), problem.precision, step->can(problem, target), {}};
     if (!v.verdict.accepted()) return v;
     LayerOptions how = options();
     how.device = device_;
-    if (step->place == Place::device) how.backend = step->room;
-    else how.pinned = pins(step);
+    how.max_tokens = problem.max_tokens;
+    how.pinned = pins(step);
     Layer layer(weights_, how);
     if (step->place == Place::device) v.step = steps_words(layer.plan());
     for (std::size_t i = 0; i < std::size(kInputs); ++i) {
-      Problem as = problem_;
+      if (kInputs[i].tokens > problem.max_tokens) continue;
+      Problem as = problem;
       as.activations = kInputs[i].hidden == Dtype::f16 ? Dtype::f16 : Dtype::bf16;
       if (step->can(as, target).accepted()) v.outcomes.push_back(compare(&layer, i));
     }
@@ -201,7 +204,7 @@ checkpoint::Layer shared_layer(const checkpoint::Layer& layer) {
   return shared;
 }
 
-// Steps of rooms that compute on the device; of a GPU's room the first.
+// Steps of rooms that compute on the device; of those of a GPU's room that follow each other the first.
 std::vector<const Step*> steps_of(const std::string& backend, i32 device) {
   const Place place = device < 0 ? Place::host : Place::device;
   std::vector<const Step*> steps;
@@ -209,8 +212,10 @@ std::vector<const Step*> steps_of(const std::string& backend, i32 device) {
     const bool the_measure_itself = step->room == "reference" && step->name == "whole";
     if (!step->in_room() || the_measure_itself || step->place != place) continue;
     if (backend != "auto" && step->room != backend) continue;
-    const bool again = std::any_of(steps.begin(), steps.end(), [&](const Step* s) { return s->room == step->room; });
-    if (place == Place::host || !again) steps.push_back(step);
+    const bool follows = std::any_of(steps.begin(), steps.end(), [&](const Step* s) {
+      return s->room == step->room && s->span.last < step->span.first;
+    });
+    if (place == Place::host || !follows) steps.push_back(step);
   }
   return steps;
 }
