@@ -114,10 +114,54 @@ __device__ void load_tokens(Shared<T>& shared, const Job& job) {
   }
 }
 
-// One step of one row tile: four wgmma over 64 columns of each plane. The first step of a tile begins new sums.
+// Where a thread reads its part of stage 0. A stage's own part is `stage * sizeof(Stage)` further: the loop below has as
+// few instructions beside unpacking as can be, for it is the issue slots that run out (docs/hopper.md).
+template <class T>
+struct View {
+  u32 codes;   // of the group's first tile, shared address; dense weights too
+  u32 scales;  // the same
+  u64 tokens;  // descriptor of the group's first K step
+
+  __device__ explicit View(const Shared<T>& shared) {
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const int first_row = T::kSplit ? 0 : group * T::kRows, first_step = T::kSplit ? 2 * group : 0;
+    const u32 tile = gpu::isa::shared_address(shared.stages[0].weights[first_row][first_step]);
+    codes = tile + 16 * thread;
+    scales = tile + kCodeBytes + 8 * (thread / 4);
+    tokens = gpu::isa::swizzled_rows(gpu::isa::shared_address(shared.stages[0].tokens[first_step]));
+  }
+  // The view of another stage.
+  __device__ View(const View& first, int stage) {
+    const u32 bytes = stage * static_cast<u32>(sizeof(typename T::Stage));
+    codes = first.codes + bytes;
+    scales = first.scales + bytes;
+    tokens = first.tokens + bytes / 16;
+  }
+};
+
+// Unit u of a stage is row tile u % kRows of K step u / kRows.
+template <class T>
+__device__ __forceinline__ void unpack_unit(const View<T>& view, int unit, u32 (&a)[4][4]) {
+  const u32 tile = (unit % T::kRows * T::kDepth + unit / T::kRows) * T::kWeightBytes;
+  if constexpr (T::kDense) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint4 pairs = gpu::isa::load_shared_16(view.codes + tile + 2048 * k);
+      a[k][0] = pairs.x, a[k][1] = pairs.y, a[k][2] = pairs.z, a[k][3] = pairs.w;
+    }
+  } else {
+    const uint4 codes = gpu::isa::load_shared_16(view.codes + tile);
+    const uint2 scales = gpu::isa::load_shared_8(view.scales + tile);
+    unpack<T::kPowers>(codes.x, codes.y, scales.x, *reinterpret_cast<u32(*)[2][4]>(&a[0]));
+    unpack<T::kPowers>(codes.z, codes.w, scales.y, *reinterpret_cast<u32(*)[2][4]>(&a[2]));
+  }
+}
+
+// Four wgmma over 64 columns of each plane. The first step of a tile begins new sums.
 template <class T, int kSlots>
-__device__ __forceinline__ void multiply_step(f32 (&d)[kSlots / 2], const u32 (&a)[4][4], const u8* tokens, bool add) {
-  const u64 rows = gpu::isa::swizzled_rows(gpu::isa::shared_address(tokens));
+__device__ __forceinline__ void multiply_unit(const View<T>& view, int unit, const u32 (&a)[4][4], bool add,
+                                              f32 (&d)[kSlots / 2]) {
+  const u64 rows = view.tokens + unit / T::kRows * (T::kPlanes * T::kPlaneBytes / 16);
   gpu::isa::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -129,61 +173,41 @@ __device__ __forceinline__ void multiply_step(f32 (&d)[kSlots / 2], const u32 (&
   gpu::isa::wgmma_commit();
 }
 
-template <class T>
-__device__ __forceinline__ void unpack_tile(const u8* tile, u32 (&a)[4][4]) {
-  const int thread = threadIdx.x % 128;
-  const u32 base = gpu::isa::shared_address(tile);
-  if constexpr (T::kDense) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint4 pairs = gpu::isa::load_shared_16(base + 16 * (128 * k + thread));
-      a[k][0] = pairs.x, a[k][1] = pairs.y, a[k][2] = pairs.z, a[k][3] = pairs.w;
-    }
-    return;
-  }
-  const uint4 codes = gpu::isa::load_shared_16(base + 16 * thread);
-  const uint2 scales = gpu::isa::load_shared_8(base + kCodeBytes + 8 * (thread / 4));
-  unpack<T::kPowers>(codes.x, codes.y, scales.x, *reinterpret_cast<u32(*)[2][4]>(&a[0]));
-  unpack<T::kPowers>(codes.z, codes.w, scales.y, *reinterpret_cast<u32(*)[2][4]>(&a[2]));
-}
-
 // A warp lets go of a stage.
 template <class T>
 __device__ __forceinline__ void release(Shared<T>& shared, int stage) {
   if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.ring.empty[stage]);
 }
 
-// A warpgroup: sums of its row tiles over its K steps, two in each stage. While one step's products are at work the
+// A warpgroup: sums of its row tiles over its K steps, two in each stage. While one unit's products are at work the
 // next one's weights are unpacked into the other set of operands.
 template <class T, int kSlots>
 __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStages>* cursor, int steps,
                                          f32 (&d)[T::kRows][kSlots / 2]) {
-  const int group = threadIdx.x / 128;
-  const int first_row = T::kSplit ? 0 : group * T::kRows;
-  const int first_step = T::kSplit ? 2 * group : 0;
+  constexpr int kUnits = 2 * T::kRows;
+  const int first_step = T::kSplit ? 2 * (threadIdx.x / 128) : 0;
+  const View<T> first(shared);
   u32 a[2][4][4];
   int before = -1;  // the stage that the last products still read
   if (first_step < steps) {
     gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
-    unpack_tile<T>(shared.stages[cursor->stage].weights[first_row][first_step], a[0]);
+    unpack_unit(View<T>(first, cursor->stage), 0, a[0]);
   }
 #pragma unroll 1
   for (int step = first_step; step < steps; step += T::kDepth) {
-    const typename T::Stage& stage = shared.stages[cursor->stage];
+    const View<T> view(first, cursor->stage);
     const int here = cursor->stage;
     cursor->advance();
 #pragma unroll
-    for (int unit = 0; unit < 2 * T::kRows; ++unit) {
-      multiply_step<T, kSlots>(d[unit % T::kRows], a[unit % 2], stage.tokens[first_step + unit / T::kRows],
-                               step > first_step || unit >= T::kRows);
+    for (int unit = 0; unit < kUnits; ++unit) {
+      multiply_unit<T, kSlots>(view, unit, a[unit % 2], step > first_step || unit >= T::kRows, d[unit % T::kRows]);
       gpu::isa::wgmma_wait<1>();
       if (unit == 0 && before >= 0) release(shared, before);
-      const int next = unit + 1;
-      if (next < 2 * T::kRows) {
-        unpack_tile<T>(stage.weights[first_row + next % T::kRows][first_step + next / T::kRows], a[next % 2]);
+      if (unit + 1 < kUnits) {
+        unpack_unit(view, unit + 1, a[(unit + 1) % 2]);
       } else if (step + T::kDepth < steps) {
         gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
-        unpack_tile<T>(shared.stages[cursor->stage].weights[first_row][first_step], a[next % 2]);
+        unpack_unit(View<T>(first, cursor->stage), 0, a[0]);
       }
     }
     before = here;
