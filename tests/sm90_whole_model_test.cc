@@ -1,14 +1,15 @@
 // The queue of sm90's one launch (backends/sm90/whole.cuh), as a model of which every interleaving is visited: blocks
-// take tiles of both GEMMs by tickets, know two of them ahead, load a tile of gemm2 when its hit's tiles of gemm1 are
-// done, and whoever finishes the last hit of some columns adds them up. Searched for deadlocks, tiles done twice or too
-// early, and sums taken twice or before their terms.
+// take tiles of both GEMMs by tickets, know some of them ahead, load a tile of gemm2 when its hit's tiles of gemm1 are
+// reported, multiply, and hand the sums to an epilogue, which reports tiles one behind the other; whoever reports the last
+// hit of some columns adds them up. Searched for deadlocks, tiles done twice or too early, and sums taken twice or before
+// their terms.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <array>
 #include <deque>
-#include <set>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "format/number.h"
@@ -23,6 +24,8 @@ struct World {
   int hits = 2;
   int rows1 = 2;  // row tiles of gemm1, of a hit
   int rows2 = 2;
+  int ahead = 2;   // tiles that a block knows and has not multiplied
+  int handed = 1;  // and that it has multiplied and not reported
   bool tickets = true;       // false: tiles are dealt to the blocks in turn, come or not
   bool first_given = false;  // true: a block's first tile is its own number, and only the others are taken
   bool first_first = true;   // false: tiles of gemm2 stand before those of gemm1
@@ -33,8 +36,6 @@ struct World {
   int tiles() const { return hits * (rows1 + rows2); }
 };
 
-constexpr int kAhead = 2;
-
 struct Block {
   enum State : u8 { absent, running, ended };
   State state = absent;
@@ -42,6 +43,7 @@ struct Block {
   u8 taken = 0;          // tiles so far
   u8 loaded = 0;         // of those in the feed, from the front
   std::vector<u8> feed;  // oldest first
+  std::vector<u8> handed;
 };
 
 struct State {
@@ -55,6 +57,8 @@ struct State {
       k += {static_cast<char>(b.state), static_cast<char>(b.drained), static_cast<char>(b.taken),
             static_cast<char>(b.loaded), static_cast<char>(b.feed.size())};
       k.append(b.feed.begin(), b.feed.end());
+      k += static_cast<char>(b.handed.size());
+      k.append(b.handed.begin(), b.handed.end());
     }
     for (const auto* part : {&ready, &done, &executed, &summed}) k.append(part->begin(), part->end());
     return k;
@@ -103,10 +107,11 @@ class Search {
     const Block& block = state.blocks[b];
     if (block.state == Block::absent) return arrive(state, b);
     if (block.state == Block::ended) return;
-    if (!block.drained && static_cast<int>(block.feed.size()) < kAhead) take(state, b);
+    if (!block.drained && static_cast<int>(block.feed.size()) < w_.ahead) take(state, b);
     if (block.loaded < block.feed.size()) load(state, b);
-    if (block.loaded > 0) execute(state, b);
-    if (block.drained && block.feed.empty()) {
+    if (block.loaded > 0 && static_cast<int>(block.handed.size()) < w_.handed) multiply(state, b);
+    if (!block.handed.empty()) report(state, b);
+    if (block.drained && block.feed.empty() && block.handed.empty()) {
       State next = state;
       next.blocks[b].state = Block::ended;
       visit(next);
@@ -148,12 +153,20 @@ class Search {
     return count;
   }
 
-  void execute(const State& state, int b) {
+  void multiply(const State& state, int b) {
     State next = state;
     Block& block = next.blocks[b];
-    const int tile = block.feed.front();
+    block.handed.push_back(block.feed.front());
     block.feed.erase(block.feed.begin());
     --block.loaded;
+    visit(next);
+  }
+
+  void report(const State& state, int b) {
+    State next = state;
+    Block& block = next.blocks[b];
+    const int tile = block.handed.front();
+    block.handed.erase(block.handed.begin());
     expect(next.executed[tile]++ == 0, "a tile was done twice");
     if (!second(tile)) {
       ++next.ready[hit(tile)];
@@ -176,7 +189,7 @@ class Search {
   }
 
   World w_;
-  std::set<std::string> seen_;
+  std::unordered_set<std::string> seen_;
   std::deque<State> open_;
   std::size_t moves_ = 0;
   std::string wrong_;
@@ -186,6 +199,7 @@ TEST(WholeModel, EveryInterleavingEndsRight) {
   for (const int places : {1, 2, 3}) {
     World world;
     world.places = places;
+    world.rows2 = places == 3 ? 1 : 2;
     Search search(world);
     EXPECT_EQ(search.run(), "") << places << " places";
     EXPECT_GT(search.states(), 20u);
@@ -196,6 +210,10 @@ TEST(WholeModel, EveryInterleavingEndsRight) {
     world.hits = hits, world.rows1 = rows1, world.rows2 = rows2;
     EXPECT_EQ(Search(world).run(), "") << hits << " hits of " << rows1 << " and " << rows2;
   }
+  World deep;
+  deep.blocks = deep.places = 2;
+  deep.ahead = 3, deep.handed = 3;
+  EXPECT_EQ(Search(deep).run(), "");
 }
 
 TEST(WholeModel, MutantsAreFound) {

@@ -110,7 +110,7 @@ int choose(const Load& load, i32 multiprocessors) {
   const f64 blocks = hits * load.row_tiles / 4 / multiprocessors;  // of 256 rows, a multiprocessor
   if (load.split && mean <= 8 && blocks < 0.83) return kSplitTile;
   if (mean <= 12) return blocks < 3.6 ? kNarrowTile : kNarrowTile + 1;
-  constexpr f64 kMeans[] = {28, 48, 112};  // most slots an expert of the shapes that follow
+  constexpr f64 kMeans[] = {36, 48, 112};  // most slots an expert of the shapes that follow
   int tile = kNarrowTile + 2;
   for (const f64 most : kMeans) tile += mean > most ? 1 : 0;
   return tile;

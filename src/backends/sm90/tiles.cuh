@@ -38,14 +38,30 @@ struct Place {
   __device__ bool uses(int column) const { return column < slots; }
 };
 
+// Sums on their way from the consumers to a warpgroup that has the epilogue alone.
+template <int kTiles, int kGroupRows>
+struct Handed {
+  gpu::Ring<kTiles> ring;
+  float4 sums[kTiles][kGroupRows][128];  // of eight tokens: wgmma's four of each thread, by group and its row tile
+};
+template <int kGroupRows>
+struct Handed<0, kGroupRows> {};
+
 template <class T>
 struct Shared {
+  static constexpr bool kJoins = T::kSplit && T::kHanded == 0;
+
   typename T::Stage stages[T::kStages];
   gpu::Ring<T::kStages> ring;
   gpu::Feed<T::kFeed> feed;
-  i32 expert_begin[gpu::kMaxExperts + 1];
-  i32 last[T::kGroups];  // what a warpgroup's first thread tells the others
-  f32 partial[2][T::kSplit ? T::kGroups : 1][T::kSplit ? T::kRows * T::kMost / 2 : 1][128];  // sums of each group
+  Handed<T::kHanded, T::kGroups * T::kRows> handed;
+  f32 partial[2][kJoins ? T::kGroups : 1][kJoins ? T::kRows * T::kMost / 2 : 1][128];  // sums of each group
+};
+
+// And what the job keeps.
+template <class T, class Memory>
+struct Block : Shared<T> {
+  Memory job;
 };
 
 template <class T>
@@ -53,18 +69,20 @@ __device__ int row_blocks(const Operands& operands) {
   return (operands.row_tiles + T::kRowTiles - 1) / T::kRowTiles;
 }
 
-// The roles of a block. A Job says what they work on:
-//   const Operands& operands(int width)            the GEMM that tiles of this width belong to
-//   const CUtensorMap& tokens(int width)           its tokens, in boxes of size(width) rows
-//   int first_row(const gpu::Tile&)                of the tile's box
-//   void wait(const gpu::Tile&)                    until the tile's tokens are there; one warp
-//   void schedule(Shared<T>&)                      the scheduling warp
-//   void store<kWidth>(shared, tile, row_tile, d)  a warpgroup's sums of one row tile
-//   void prepare(shared), rest(shared)             all threads, before and after the roles; early_weights()
+// The roles of a block. A Job says what they work on; S is its Block<T, Memory>:
+//   const Operands& operands(int width)        the GEMM that tiles of this width belong to
+//   const std::byte* blob(S&, tile)            its expert's weights
+//   const CUtensorMap& tokens(int width)       its tokens, in boxes of size(width) rows
+//   int first_row(tile)                        of the tile's box
+//   void wait(tile)                            until the tile's tokens are there; one warp
+//   void prepare(S&)                           all threads, before the roles; early() says if before the tokens are there
+//   void schedule(S&)                          the scheduling warp
+//   void store<kWidth>(tile, row_tile, d)      a warpgroup's sums of one row tile; or, of shapes that hand over,
+//   void finish(S&)                            the warpgroup that takes them
 
 // One warp: weights into the ring, a lane a row tile.
 template <class T, class Job>
-__device__ void load_weights(Shared<T>& shared, const Job& job) {
+__device__ void load_weights(Block<T, typename Job::Memory>& shared, const Job& job) {
   static_assert(T::kRowTiles <= 32);
   const int lane = threadIdx.x % 32;
   gpu::Reader<T::kFeed> reader(shared.feed);
@@ -73,7 +91,7 @@ __device__ void load_weights(Shared<T>& shared, const Job& job) {
     const Operands& operands = job.operands(tile.width);
     const int rows = min(T::kRowTiles, operands.row_tiles - tile.row_block * T::kRowTiles);
     const i64 row = tile.row_block * T::kRowTiles + lane;
-    const std::byte* from = operands.blobs[tile.expert] + row * operands.steps * T::kWeightBytes;
+    const std::byte* from = job.blob(shared, tile) + row * operands.steps * T::kWeightBytes;
     for (int step = 0; step < operands.steps;
          step += T::kDepth, cursor.advance(), from += T::kDepth * T::kWeightBytes) {
       const u32 bytes = min(T::kDepth, operands.steps - step) * T::kWeightBytes;
@@ -114,10 +132,54 @@ __device__ void load_tokens(Shared<T>& shared, const Job& job) {
   }
 }
 
-// One step of one row tile: four wgmma over 64 columns of each plane. The first step of a tile begins new sums.
+// Where a thread reads its part of stage 0. A stage's own part is `stage * sizeof(Stage)` further: the loop below has as
+// few instructions beside unpacking as can be, for it is the issue slots that run out (docs/hopper.md).
+template <class T>
+struct View {
+  u32 codes;   // of the group's first tile, shared address; dense weights too
+  u32 scales;  // the same
+  u64 tokens;  // descriptor of the group's first K step
+
+  __device__ explicit View(const Shared<T>& shared) {
+    const int group = gpu::isa::uniform(threadIdx.x / 128), thread = threadIdx.x % 128;
+    const int first_row = T::kSplit ? 0 : group * T::kRows, first_step = T::kSplit ? 2 * group : 0;
+    const u32 tile = gpu::isa::shared_address(shared.stages[0].weights[first_row][first_step]);
+    codes = tile + 16 * thread;
+    scales = tile + kCodeBytes + 8 * (thread / 4);
+    tokens = gpu::isa::swizzled_rows(gpu::isa::shared_address(shared.stages[0].tokens[first_step]));
+  }
+  // The view of another stage.
+  __device__ View(const View& first, int stage) {
+    const u32 bytes = stage * static_cast<u32>(sizeof(typename T::Stage));
+    codes = first.codes + bytes;
+    scales = first.scales + bytes;
+    tokens = first.tokens + bytes / 16;
+  }
+};
+
+// Unit u of a stage is row tile u % kRows of K step u / kRows.
+template <class T>
+__device__ __forceinline__ void unpack_unit(const View<T>& view, int unit, u32 (&a)[4][4]) {
+  const u32 tile = (unit % T::kRows * T::kDepth + unit / T::kRows) * T::kWeightBytes;
+  if constexpr (T::kDense) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint4 pairs = gpu::isa::load_shared_16(view.codes + tile + 2048 * k);
+      a[k][0] = pairs.x, a[k][1] = pairs.y, a[k][2] = pairs.z, a[k][3] = pairs.w;
+    }
+  } else {
+    const uint4 codes = gpu::isa::load_shared_16(view.codes + tile);
+    const uint2 scales = gpu::isa::load_shared_8(view.scales + tile);
+    unpack<T::kPowers>(codes.x, codes.y, scales.x, *reinterpret_cast<u32(*)[2][4]>(&a[0]));
+    unpack<T::kPowers>(codes.z, codes.w, scales.y, *reinterpret_cast<u32(*)[2][4]>(&a[2]));
+  }
+}
+
+// Four wgmma over 64 columns of each plane. The first step of a tile begins new sums.
 template <class T, int kSlots>
-__device__ __forceinline__ void multiply_step(f32 (&d)[kSlots / 2], const u32 (&a)[4][4], const u8* tokens, bool add) {
-  const u64 rows = gpu::isa::swizzled_rows(gpu::isa::shared_address(tokens));
+__device__ __forceinline__ void multiply_unit(const View<T>& view, int unit, const u32 (&a)[4][4], bool add,
+                                              f32 (&d)[kSlots / 2]) {
+  const u64 rows = view.tokens + unit / T::kRows * (T::kPlanes * T::kPlaneBytes / 16);
   gpu::isa::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -129,61 +191,41 @@ __device__ __forceinline__ void multiply_step(f32 (&d)[kSlots / 2], const u32 (&
   gpu::isa::wgmma_commit();
 }
 
-template <class T>
-__device__ __forceinline__ void unpack_tile(const u8* tile, u32 (&a)[4][4]) {
-  const int thread = threadIdx.x % 128;
-  const u32 base = gpu::isa::shared_address(tile);
-  if constexpr (T::kDense) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint4 pairs = gpu::isa::load_shared_16(base + 16 * (128 * k + thread));
-      a[k][0] = pairs.x, a[k][1] = pairs.y, a[k][2] = pairs.z, a[k][3] = pairs.w;
-    }
-    return;
-  }
-  const uint4 codes = gpu::isa::load_shared_16(base + 16 * thread);
-  const uint2 scales = gpu::isa::load_shared_8(base + kCodeBytes + 8 * (thread / 4));
-  unpack<T::kPowers>(codes.x, codes.y, scales.x, *reinterpret_cast<u32(*)[2][4]>(&a[0]));
-  unpack<T::kPowers>(codes.z, codes.w, scales.y, *reinterpret_cast<u32(*)[2][4]>(&a[2]));
-}
-
 // A warp lets go of a stage.
 template <class T>
 __device__ __forceinline__ void release(Shared<T>& shared, int stage) {
   if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.ring.empty[stage]);
 }
 
-// A warpgroup: sums of its row tiles over its K steps, two in each stage. While one step's products are at work the
+// A warpgroup: sums of its row tiles over its K steps, two in each stage. While one unit's products are at work the
 // next one's weights are unpacked into the other set of operands.
 template <class T, int kSlots>
 __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStages>* cursor, int steps,
                                          f32 (&d)[T::kRows][kSlots / 2]) {
-  const int group = threadIdx.x / 128;
-  const int first_row = T::kSplit ? 0 : group * T::kRows;
-  const int first_step = T::kSplit ? 2 * group : 0;
+  constexpr int kUnits = 2 * T::kRows;
+  const int first_step = T::kSplit ? 2 * gpu::isa::uniform(threadIdx.x / 128) : 0;
+  const View<T> first(shared);
   u32 a[2][4][4];
   int before = -1;  // the stage that the last products still read
   if (first_step < steps) {
     gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
-    unpack_tile<T>(shared.stages[cursor->stage].weights[first_row][first_step], a[0]);
+    unpack_unit(View<T>(first, cursor->stage), 0, a[0]);
   }
 #pragma unroll 1
   for (int step = first_step; step < steps; step += T::kDepth) {
-    const typename T::Stage& stage = shared.stages[cursor->stage];
+    const View<T> view(first, cursor->stage);
     const int here = cursor->stage;
     cursor->advance();
 #pragma unroll
-    for (int unit = 0; unit < 2 * T::kRows; ++unit) {
-      multiply_step<T, kSlots>(d[unit % T::kRows], a[unit % 2], stage.tokens[first_step + unit / T::kRows],
-                               step > first_step || unit >= T::kRows);
+    for (int unit = 0; unit < kUnits; ++unit) {
+      multiply_unit<T, kSlots>(view, unit, a[unit % 2], step > first_step || unit >= T::kRows, d[unit % T::kRows]);
       gpu::isa::wgmma_wait<1>();
       if (unit == 0 && before >= 0) release(shared, before);
-      const int next = unit + 1;
-      if (next < 2 * T::kRows) {
-        unpack_tile<T>(stage.weights[first_row + next % T::kRows][first_step + next / T::kRows], a[next % 2]);
+      if (unit + 1 < kUnits) {
+        unpack_unit(view, unit + 1, a[(unit + 1) % 2]);
       } else if (step + T::kDepth < steps) {
         gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
-        unpack_tile<T>(shared.stages[cursor->stage].weights[first_row][first_step], a[next % 2]);
+        unpack_unit(View<T>(first, cursor->stage), 0, a[0]);
       }
     }
     before = here;
@@ -202,7 +244,7 @@ __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStag
 template <class T, int kSlots>
 __device__ __forceinline__ bool join(Shared<T>& shared, int turn, int steps, f32 (&d)[T::kRows][kSlots / 2]) {
   constexpr int kCount = T::kRows * kSlots / 2;
-  const int group = threadIdx.x / 128;
+  const int group = gpu::isa::uniform(threadIdx.x / 128);
   const int thread = threadIdx.x % 128;
   const bool empty = 2 * group >= steps;  // fewer steps than groups
   auto& partial = shared.partial[turn % 2];
@@ -219,23 +261,62 @@ __device__ __forceinline__ bool join(Shared<T>& shared, int turn, int steps, f32
   return true;
 }
 
-// A warpgroup: the tiles of one width, each row tile's sums handed to the job.
+// A warpgroup: its sums to the one that has the epilogue.
+template <class T>
+__device__ __forceinline__ void hand_over(Shared<T>& shared, int turn, int steps, f32 (&d)[T::kRows][4]) {
+  const int group = gpu::isa::uniform(threadIdx.x / 128), thread = threadIdx.x % 128;
+  const int place = turn % T::kHanded;
+  const bool empty = T::kSplit && 2 * group >= steps;  // fewer steps than groups
+  gpu::wait(&shared.handed.ring.empty[place], (turn / T::kHanded & 1) ^ 1);
+#pragma unroll
+  for (int r = 0; r < T::kRows; ++r) {
+    const float4 sums = {d[r][0], d[r][1], d[r][2], d[r][3]};
+    shared.handed.sums[place][group * T::kRows + r][thread] = empty ? float4{0.0f, 0.0f, 0.0f, 0.0f} : sums;
+  }
+  __syncwarp();
+  if (thread % 32 == 0) gpu::isa::barrier_arrive(&shared.handed.ring.full[place]);
+}
+
+// The epilogue's warpgroup: the sums of row tile r of a tile's block; of groups that split K, in order of the groups.
+template <class T>
+__device__ __forceinline__ void take_over(const Shared<T>& shared, int turn, int r, f32 (&d)[4]) {
+  const auto& sums = shared.handed.sums[turn % T::kHanded];
+  float4 sum = sums[r][threadIdx.x % 128];
+#pragma unroll
+  for (int group = 1; group < (T::kSplit ? T::kGroups : 1); ++group) {
+    const float4 other = sums[group][threadIdx.x % 128];
+    sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+  }
+  d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
+}
+
+// A warpgroup: its row tiles' sums to the job.
+template <class T, int kWidth, class Job, int kCount>
+__device__ __forceinline__ void store(const Job& job, const gpu::Tile& tile, f32 (&d)[T::kRows][kCount]) {
+  int row_tile = tile.row_block * T::kRowTiles + (T::kSplit ? 0 : threadIdx.x / 128 * T::kRows);
+#pragma unroll
+  for (int r = 0; r < T::kRows; ++r, ++row_tile) {
+    if (row_tile < job.operands(kWidth).row_tiles) job.template store<kWidth>(tile, row_tile, d[r]);
+  }
+}
+
+// A warpgroup: the tiles of one width.
 template <class T, int kWidth, class Job>
 __device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, gpu::Reader<T::kFeed>* reader,
                                         gpu::Cursor<T::kStages>* cursor, int* turn) {
   constexpr int kSlots = T::size(kWidth);
 #pragma unroll 1
   for (; reader->peek().width == kWidth; reader->pop()) {
+    const int steps = job.operands(kWidth).steps;
     f32 d[T::kRows][kSlots / 2];
-    multiply<T, kSlots>(shared, cursor, job.operands(kWidth).steps, d);
-    if constexpr (T::kSplit) {
-      if (!join<T, kSlots>(shared, (*turn)++, job.operands(kWidth).steps, d)) continue;
-    }
-    const gpu::Tile& tile = reader->peek();
-    int row_tile = tile.row_block * T::kRowTiles + (T::kSplit ? 0 : threadIdx.x / 128 * T::kRows);
-#pragma unroll
-    for (int r = 0; r < T::kRows; ++r, ++row_tile) {
-      if (row_tile < job.operands(kWidth).row_tiles) job.template store<kWidth>(shared, tile, row_tile, d[r]);
+    multiply<T, kSlots>(shared, cursor, steps, d);
+    if constexpr (T::kHanded > 0) {
+      hand_over(shared, (*turn)++, steps, d);
+    } else {
+      if constexpr (T::kSplit) {
+        if (!join<T, kSlots>(shared, (*turn)++, steps, d)) continue;
+      }
+      store<T, kWidth>(job, reader->peek(), d);
     }
   }
 }
@@ -251,61 +332,73 @@ __device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, std::
 
 template <class T, class Job>
 __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_constant__ Job job) {
+  using Memory = Block<T, typename Job::Memory>;
   extern __shared__ u8 raw[];
-  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(raw + (1024 - gpu::isa::shared_address(raw) % 1024) % 1024);
+  Memory& shared = *reinterpret_cast<Memory*>(raw + (1024 - gpu::isa::shared_address(raw) % 1024) % 1024);
+  constexpr int kConsumers = T::kGroups * 4, kFinishers = T::kHanded > 0 ? 4 : 0;  // warps
   if (threadIdx.x == 0) {
-    shared.ring.init(2, T::kGroups * 4);
-    shared.feed.ring.init(1, T::kGroups * 4 + 2);
+    shared.ring.init(2, kConsumers);
+    shared.feed.ring.init(1, kConsumers + 2 + kFinishers);
+    if constexpr (T::kHanded > 0) shared.handed.ring.init(kConsumers, kFinishers);
   }
-  if (!job.early_weights()) gpu::isa::wait_for_earlier();
+  if (!job.early()) gpu::isa::wait_for_earlier();
   gpu::isa::release_later();
   job.prepare(shared);
   __syncthreads();
-  const int warp = threadIdx.x / 32;
-  if (warp < T::kGroups * 4) {
-    gpu::isa::registers_take<T::kConsumerRegisters>();
+  const int warp = gpu::isa::uniform(threadIdx.x / 32);
+  if (warp < kConsumers) {
+    if constexpr (T::kHanded == 0) gpu::isa::registers_take<T::kConsumerRegisters>();
     consume(shared, job, std::make_integer_sequence<int, T::kWidths>());
-    job.rest(shared);
+  } else if (warp < kConsumers + 4) {
+    if constexpr (T::kHanded == 0) gpu::isa::registers_give<T::kLoaderRegisters>();
+    if (warp == kConsumers) load_weights<T>(shared, job);
+    if (warp == kConsumers + 1) load_tokens<T>(shared, job);
+    if (warp == kConsumers + 2) job.schedule(shared);
   } else {
-    gpu::isa::registers_give<T::kLoaderRegisters>();
-    if (warp == T::kGroups * 4) load_weights<T>(shared, job);
-    if (warp == T::kGroups * 4 + 1) load_tokens<T>(shared, job);
-    if (warp == T::kGroups * 4 + 2) job.schedule(shared);
+    if constexpr (T::kHanded > 0) job.finish(shared);
   }
 }
+
+// What a job of one GEMM keeps.
+struct Counts {
+  i32 expert_begin[gpu::kMaxExperts + 1];
+};
 
 // One GEMM over all slots: the job of gemm1 and gemm2.
 template <class T, class Epilogue>
 struct Product {
+  using Memory = Counts;
   CUtensorMap maps[T::kWidths];
   Operands weights;
   const i32* expert_begin;  // [experts + 1] first slot of each expert
   Epilogue epilogue;
-  bool early;  // the launch before this one makes the tokens only: weights may be fetched while it runs
+  bool tokens_late;  // the launch before this one makes the tokens only: weights may be fetched while it runs
 
   __device__ const Operands& operands(int) const { return weights; }
   __device__ const CUtensorMap& tokens(int width) const { return maps[width]; }
   __device__ int first_row(const gpu::Tile& tile) const { return tile.slot; }
-  __device__ bool early_weights() const { return early; }
+  __device__ bool early() const { return tokens_late; }
   __device__ void wait(const gpu::Tile&) const {}
-  __device__ void rest(Shared<T>&) const {}
-  __device__ void prepare(Shared<T>& shared) const {
-    for (int e = threadIdx.x; e <= weights.experts; e += T::kThreads) shared.expert_begin[e] = expert_begin[e];
+  __device__ const std::byte* blob(const Block<T, Counts>&, const gpu::Tile& tile) const {
+    return weights.blobs[tile.expert];
   }
-  __device__ void schedule(Shared<T>& shared) const {
-    gpu::Schedule<T>(shared.feed, shared.expert_begin, weights.experts, row_blocks<T>(weights)).run();
+  __device__ void prepare(Block<T, Counts>& shared) const {
+    for (int e = threadIdx.x; e <= weights.experts; e += T::kThreads) shared.job.expert_begin[e] = expert_begin[e];
+  }
+  __device__ void schedule(Block<T, Counts>& shared) const {
+    gpu::Schedule<T>(shared.feed, shared.job.expert_begin, weights.experts, row_blocks<T>(weights)).run();
   }
   template <int kWidth>
-  __device__ __forceinline__ void store(Shared<T>&, const gpu::Tile& tile, int row_tile,
-                                        f32 (&d)[T::size(kWidth) / 2]) const {
+  __device__ __forceinline__ void store(const gpu::Tile& tile, int row_tile, f32 (&d)[T::size(kWidth) / 2]) const {
     epilogue.template store<T::size(kWidth)>(Place{tile.expert, row_tile, tile.slot, tile.slots}, d);
   }
 };
 
-template <class T>
+template <class T, class Job>
 constexpr int shared_bytes() {
-  static_assert(sizeof(Shared<T>) + 1024 <= 232448, "a Hopper block has at most 227 KiB");
-  return sizeof(Shared<T>) + 1024;  // the block's memory begins at a multiple of 16 only
+  using Memory = Block<T, typename Job::Memory>;
+  static_assert(sizeof(Memory) + 1024 <= 232448, "a Hopper block has at most 227 KiB");
+  return sizeof(Memory) + 1024;  // the block's memory begins at a multiple of 16 only
 }
 
 // One GEMM of a call.
@@ -326,7 +419,7 @@ Status launch_kernel(const Gemm<Epilogue>& gemm, i32 multiprocessors, void* stre
     const Status status = gpu::map_rows(gemm.rows, T::size(width), &job.maps[width]);
     if (!status.ok()) return status;
   }
-  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T>(), true};
+  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T, Product<T, Epilogue>>(), true};
   return gpu::launch(multiply_tiles<T, Product<T, Epilogue>>, shape, stream, job);
 }
 

@@ -60,6 +60,7 @@ struct TileShape {
   i32 sizes[6];  // descending; 0 ends the list
   i32 feed = 4;  // tiles known ahead, see gpu/schedule.cuh
   Form form = {};
+  i32 handed = 0;  // tiles whose sums may wait for an epilogue in a warpgroup of its own; 0: it is the consumers' own
 };
 
 // The shapes that are built; choose() and the benchmark name them by index.
@@ -67,7 +68,7 @@ inline constexpr TileShape kTileShapes[] = {
     {4, 1, 7, true, {8}},
     {4, 1, 8, false, {24, 16, 8}},
     {4, 2, 5, false, {24, 16, 8}},
-    {4, 2, 4, false, {40, 32, 24, 16, 8}},
+    {4, 2, 4, false, {48, 40, 32, 24, 16, 8}},
     {4, 1, 6, false, {64, 48, 40, 32, 24, 16}},
     {2, 2, 4, false, {128, 96, 64, 48, 32, 16}},
     {2, 1, 3, false, {256, 192, 128, 96, 64, 32}},
@@ -75,9 +76,9 @@ inline constexpr TileShape kTileShapes[] = {
     {2, 1, 4, false, {64, 48, 32, 24, 16, 8}, 4, {true, 1}},
     {2, 1, 3, false, {64, 48, 32, 24, 16, 8}, 4, {true, 2}},
     // Of one launch for the layer (whole.h); its two widths are the two GEMMs.
-    {4, 1, 7, true, {8, 8}, 2},
-    {4, 1, 8, false, {8, 8}, 2},
-    {4, 2, 5, false, {8, 8}, 2},
+    {4, 1, 7, true, {8, 8}, 3, {}, 3},
+    {4, 1, 8, false, {8, 8}, 2, {}, 3},
+    {4, 2, 4, false, {8, 8}, 2, {}, 2},
 };
 inline constexpr int kSplitTile = 0;
 inline constexpr int kNarrowTile = 1;
@@ -115,12 +116,13 @@ struct Tiles {
   static constexpr bool kDense = kShape.form.dense;
   static constexpr int kPlanes = kShape.form.planes;
   static constexpr int kFeed = kShape.feed;
+  static constexpr int kHanded = kShape.handed;
   static constexpr int kMost = kShape.sizes[0];
   static constexpr int kWidths =
       static_cast<int>(std::find(std::begin(kShape.sizes), std::end(kShape.sizes), 0) - std::begin(kShape.sizes));
   static constexpr int kRowTiles = kSplit ? kRows : kGroups * kRows;  // of a block
   static constexpr int kDepth = kSplit ? 2 * kGroups : 2;             // K steps of a stage
-  static constexpr int kThreads = (kGroups + 1) * 128;
+  static constexpr int kThreads = (kGroups + 1 + (kHanded > 0)) * 128;
   // An even share of the 65536 registers would be too few for the consumers and too many for the loader. What one gives
   // up is all that the others can take: setmaxnreg waits for ever for registers that the launch did not allot.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;

@@ -39,8 +39,7 @@ i64 carve(const Problem& problem, std::byte* memory, Work* work) {
   Carver carver(memory);
   work->hits = carver.take<i32>(1);
   work->tickets = carver.take<i32>(1);
-  work->experts = carver.take<i32>(most);
-  work->tokens_of = carver.take<i32>(most);
+  work->list = carver.take<Hit>(most);
   work->ready = carver.take<i32>(most);
   work->done = carver.take<i32>(row_tiles(problem.hidden));
   work->rows = carver.take<u16>(i64{kFewTokens} * problem.hidden);

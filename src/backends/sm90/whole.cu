@@ -12,7 +12,9 @@ struct Prepare {
   route::DeviceSlots slots;
   format::Tensor hidden;
   Work work;
+  i32 most;       // hits that there is room for
   i32 row_tiles;  // of gemm2
+  const std::byte* const* blobs[2];  // [local experts] of each GEMM
 };
 
 // Every expert's tokens -> experts hit, in order; `hit_of` receives each one's number. One warp.
@@ -25,13 +27,13 @@ __device__ void list_hits(const Prepare& a, const u32* tokens_of, i32* hit_of) {
     const u32 hit = __ballot_sync(~0u, tokens != 0);
     const int number = hits + __popc(hit & ((1u << lane) - 1u));
     if (tokens != 0) {
-      a.work.experts[number] = expert;
-      a.work.tokens_of[number] = static_cast<i32>(tokens);
+      a.work.list[number] = {{a.blobs[0][expert], a.blobs[1][expert]}, expert, tokens};
       a.work.ready[number] = 0;
       hit_of[expert] = number;
     }
     hits += __popc(hit);
   }
+  for (int i = hits + lane; i < a.most; i += 32) a.work.list[i] = {};
   if (lane == 0) *a.work.hits = hits, *a.work.tickets = 0;
 }
 
@@ -81,7 +83,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) find_hits(const Prepare a) {
 
 Status launch_find(const Whole& call, void* stream) {
   const Problem& problem = call.slots.problem;
-  const Prepare args{call.slots, call.hidden, call.work, row_tiles(problem.hidden)};
+  const Prepare args{call.slots,          call.hidden, call.work, most_hits(problem), row_tiles(problem.hidden),
+                     {call.table->gemm1, call.table->gemm2}};
   const int bytes = call.slots.tokens * 8 * route::team_words(problem) + 8 * problem.local_experts;
   const cudaError_t error = cudaFuncSetAttribute(find_hits, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return gpu::to_status(error, "shared memory of find_hits");
@@ -101,6 +104,7 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
                   call.work.y,         nullptr,         problem.inter};
   job.project = {table.gemm2_globals, table.down_bias, call.work.z, problem.hidden};
   job.work = call.work;
+  job.most = most_hits(problem);
   job.sum = call.sum;
   const bool rounded = call.hidden.dtype == format::Dtype::bf16;
   const u16* tokens = rounded ? reinterpret_cast<const u16*>(call.hidden.data) : call.work.rows;
@@ -110,7 +114,8 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   const i64 rows = i64{most_hits(problem)} * kFewTokens;
   status = gpu::map_rows({call.work.y, rows, problem.inter, problem.inter}, kFewTokens, &job.maps[1]);
   if (!status.ok()) return status;
-  return gpu::launch(multiply_tiles<T, Layer<T>>, {multiprocessors, T::kThreads, shared_bytes<T>(), true}, stream, job);
+  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T, Layer<T>>(), true};
+  return gpu::launch(multiply_tiles<T, Layer<T>>, shape, stream, job);
 }
 
 }  // namespace

@@ -15,12 +15,20 @@ namespace fourmoe::sm90 {
 
 inline constexpr i32 kFewTokens = 8;
 
+inline constexpr i32 kMostHits = kFewTokens * 32;  // top_k <= 32
+
+// An expert that some token picked.
+struct alignas(16) Hit {
+  const std::byte* blobs[2];  // its packed weights of gemm1 and gemm2
+  i32 expert;
+  u32 tokens;  // bit t: token t picked it
+};
+
 // Device memory of the step; the first launch of a call writes all but y and z. `most` = most_hits of the problem.
 struct Work {
   i32* hits = nullptr;       // [1] experts hit
   i32* tickets = nullptr;    // [1] tiles taken
-  i32* experts = nullptr;    // [most] the local experts hit, ascending
-  i32* tokens_of = nullptr;  // [most] bit t: token t picked it
+  Hit* list = nullptr;       // [most] the experts hit, ascending; zeros after them
   i32* ready = nullptr;      // [most] row tiles of gemm1 that are done
   i32* done = nullptr;       // [row tiles of gemm2] hits that are done
   u16* rows = nullptr;       // [kFewTokens, hidden] tokens rounded to bf16, where they are not

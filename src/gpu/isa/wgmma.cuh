@@ -20,10 +20,10 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Descriptor of rows of 128 swizzled bytes, 8 rows (1024 bytes) a group, at a shared address aligned to 1024. One K
-// step of 16 values is 32 bytes, that is + 2.
+// Descriptor of rows of 128 swizzled bytes, 8 rows (1024 bytes) a group, at a shared address (below 2^18) aligned to
+// 1024. One K step of 16 values is 32 bytes, that is + 2.
 __device__ __forceinline__ u64 swizzled_rows(u32 shared_address) {
-  return u64{shared_address >> 4 & 0x3fff} | u64{1} << 16 | u64{64} << 32 | u64{1} << 62;
+  return u64{shared_address >> 4} + (u64{1} << 16 | u64{64} << 32 | u64{1} << 62);
 }
 
 template <int kColumns>
