@@ -149,6 +149,7 @@ std::string report_text(const Report& r) {
                                 choice_words(r.layer().plan(), r.layer().plan().machine), r.threads,
                                 r.threads == 1 ? "" : "s"));
   facts.add("weights", weights_words(r));
+  for (const std::string& note : r.layer().notes()) facts.add("note", note);
   facts.add("ceilings", ceilings_words(r));
   facts.add("version", FOURMOE_VERSION);
   Table table({">tokens", "routing", ">median us", ">p10 us", ">p90 us", ">runs", ">active", ">MB", ">GB/s",
@@ -200,7 +201,7 @@ Json report_json(const Report& r) {
          {"flops_per_second", flops},
          {"share_of_peak", nullptr},
          {"tokens_per_second", c.tokens / c.median()},
-         {"steps", steps_json(r.layer().plan(c.tokens))},
+         {"steps", plan::choice_of(r.layer().plan(c.tokens))},
          {"command", repeat_words(r.options, c.tokens)}});
     if (r.device() == nullptr) cases_json.back()["share_of_peak"] = flops / r.ceilings.flops_per_second;
   }
