@@ -95,6 +95,7 @@ LayerOptions convert(const fourmoe_options* given, std::unique_ptr<Executor>* ho
   if (given->backend != nullptr) options.backend = given->backend;
   if (given->device != nullptr) options.device = parse_device(given->device);
   options.batch_invariant = given->batch_invariant != 0;
+  if (given->tuning != nullptr) options.tuning = given->tuning;
   options.precision = checked("options.precision", given->precision, Precision::w4a4);
   require(given->max_tokens >= 0, fmt::format("options.max_tokens is {}, expected at least 0", given->max_tokens));
   require(given->threads >= 0, fmt::format("options.threads is {}, expected at least 0", given->threads));

@@ -65,6 +65,13 @@ for shape in dsv3 qwen3-235b v4-flash qwen3-30b; do
     --output "$out/sm90-layer-$shape.json"
 done
 
+echo "== choices of plans and tiles against the best of all"
+for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron-nano; do
+  "$build/fourmoe" tune --shape "$shape" --tokens 1,3,8,24,64,256,1024,4096 --seconds 0.02 --dry-run --json > "$build/$shape.json"
+done
+python3 bench/sm90/choices.py "$build"/{dsv3,qwen3-235b,v4-flash,qwen3-30b,nemotron-nano}.json \
+  --output "$out/sm90-choices.json" | tail -n 1
+
 echo "== speed of route and combine"
 "$build/fourmoe_bench_route" > "$build/route_rows"
 python3 bench/gpu/record.py "$build/route_rows" --output "$out/gpu-route.json"

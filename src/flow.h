@@ -20,6 +20,7 @@
 #include <array>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "format/tensor.h"
 #include "status.h"
@@ -128,11 +129,18 @@ inline Verdict reject(Reason reason, std::string detail) { return {reason, std::
 
 struct Step;
 
+// One of the ways in which a step can run a problem: a shape of its tiles. Results differ in the order of sums at most.
+struct Variant {
+  std::string name;  // the same from build to build: files of measured choices hold it
+  i32 number = -1;   // what run gets; -1: the step's own rule chooses in each call
+};
+
 // A step with its views checked and fixed: all that run needs.
 struct Bound {
   const Step* step = nullptr;
   const Args* args = nullptr;    // outlives the call
   std::byte* scratch = nullptr;  // bytes() bytes, 64-byte aligned
+  i32 variant = -1;              // a Variant's number
 };
 
 // Whose memory a step's arguments and results are in. A plan's steps all have the same place.
@@ -152,6 +160,10 @@ struct Step {
       nullptr;  // packing that it reads; null: it reads matrices as the checkpoint stores them
   Place place = Place::host;
   const weights::Packing* packing = nullptr;  // the same for steps of a GPU's room
+  // What is worth measuring for calls of so many tokens, the rule's choice first; without those that change the order
+  // of sums where the problem is batch_invariant. Null: there is one way.
+  std::vector<Variant> (*variants)(const Problem&, const Machine&, i64 tokens) = nullptr;
+  i32 revision = 1;  // raised with a change that makes it faster or slower: forgets what was measured before
 
   // A step of a room, which --backend can name, and not a stage's own body.
   bool in_room() const { return room != "host" && room != "device"; }

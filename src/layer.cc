@@ -37,7 +37,7 @@ struct Pass {
   f32* addend = nullptr;          // [max_tokens, hidden], the shared experts' output
 };
 
-Plans make_plans(const checkpoint::Layer& weights, const LayerOptions& options, Dtype activations) {
+Plans make_plans(const checkpoint::Layer& weights, const LayerOptions& options, Dtype activations, tune::Known* known) {
   Plans plans;
   Problem problem = weights.problem;
   problem.precision = options.precision;
@@ -46,13 +46,8 @@ Plans make_plans(const checkpoint::Layer& weights, const LayerOptions& options, 
   problem.activations = activations;
   Machine target = machine();
   target.device = options.device;
-  const plan::Request request{options.backend, options.pinned};
-  plans.status = plan::make(problem, target, request, &plans.routed);
-  if (plans.status.ok() && problem.max_tokens > plan::kFewTokens) {
-    problem.max_tokens = plan::kFewTokens;
-    plans.status = plan::make(problem, target, request, &plans.few);
-    if (plans.few.steps == plans.routed.steps) plans.few.steps.clear();
-  }
+  const plan::Request request{options.backend, options.pinned, {}};
+  plans.status = tune::Sizes::make(problem, target, request, known, &plans.routed);
   if (!plans.status.ok() || !weights.shared) return plans;
 
   problem = weights.shared->problem;
@@ -60,13 +55,9 @@ Plans make_plans(const checkpoint::Layer& weights, const LayerOptions& options, 
   problem.max_tokens = options.max_tokens;
   problem.batch_invariant = options.batch_invariant;
   problem.activations = activations;
-  plans.status = plan::make(problem, target, request, &plans.shared);
+  plans.status = tune::Sizes::make(problem, target, request, known, &plans.shared);
   if (!plans.status.ok()) plans.status.detail = "shared experts: " + plans.status.detail;
   return plans;
-}
-
-const plan::Plan& plan_of(const Plans& plans, i64 tokens) {
-  return plans.few.steps.empty() || tokens > plan::kFewTokens ? plans.routed : plans.few;
 }
 
 }  // namespace
@@ -75,9 +66,10 @@ struct Layer::Impl {
   checkpoint::Layer weights;
   Plans bf16;
   Plans f16;
+  std::vector<std::string> notes;  // of the file of measured choices
   std::unique_ptr<Residence> home;
 
-  i32 device() const { return bf16.routed.machine.device; }
+  i32 device() const { return bf16.routed.most().machine.device; }
   i64 lay_out(std::byte* base, Pass* pass) const;
   Status run_shared(const Plans& plans, const LayerCall& call, const Tensor& hidden, const Pass& pass) const;
   Status run_pass(const LayerCall& call, i64 begin, i64 count, const Pass& pass) const;
@@ -86,12 +78,12 @@ struct Layer::Impl {
 };
 
 i64 Layer::Impl::lay_out(std::byte* base, Pass* pass) const {
-  const Problem& problem = bf16.routed.problem;
+  const Problem& problem = bf16.routed.most().problem;
   const i64 tokens = problem.max_tokens;
   Carver carver(base);
   for (const Plans* plans : {&bf16, &f16}) {  // a room may hold tokens of each type in its own form
-    for (const plan::Plan* plan : {&plans->routed, &plans->few, &plans->shared}) {
-      pass->plan.bytes = std::max(pass->plan.bytes, plan->workspace_bytes);
+    for (const tune::Sizes* sizes : {&plans->routed, &plans->shared}) {
+      pass->plan.bytes = std::max(pass->plan.bytes, sizes->workspace_bytes());
     }
   }
   pass->plan.data = carver.take<std::byte>(pass->plan.bytes);
@@ -109,8 +101,10 @@ Layer::Layer(checkpoint::Layer weights, const LayerOptions& options) : impl_(std
     throw Error(Reason::argument_invalid, fmt::format("max_tokens is {}, expected at least 1", options.max_tokens));
   }
   impl_->weights = std::move(weights);
-  impl_->bf16 = make_plans(impl_->weights, options, Dtype::bf16);
-  impl_->f16 = make_plans(impl_->weights, options, Dtype::f16);
+  tune::Known known(options.tuning);
+  impl_->bf16 = make_plans(impl_->weights, options, Dtype::bf16, &known);
+  impl_->f16 = make_plans(impl_->weights, options, Dtype::f16, &known);
+  impl_->notes = known.notes();
   throw_unless_ok(impl_->bf16.status);
   Executor& executor = options.executor != nullptr ? *options.executor : tbb_executor();
   const auto make = options.device < 0 ? make_host_residence : make_device_residence;
@@ -121,8 +115,17 @@ Layer::~Layer() = default;
 Layer::Layer(Layer&&) noexcept = default;
 Layer& Layer::operator=(Layer&&) noexcept = default;
 
-const plan::Plan& Layer::plan() const { return impl_->bf16.routed; }
-const plan::Plan& Layer::plan(i64 tokens) const { return plan_of(impl_->bf16, tokens); }
+const plan::Plan& Layer::plan() const { return impl_->bf16.routed.most(); }
+const plan::Plan& Layer::plan(i64 tokens) const { return impl_->bf16.routed.at(tokens).plan; }
+const tune::Sizes& Layer::sizes() const { return impl_->bf16.routed; }
+
+std::vector<std::string> Layer::notes() const {
+  std::vector<std::string> all = impl_->weights.notes;
+  all.insert(all.end(), impl_->notes.begin(), impl_->notes.end());
+  return all;
+}
+
+Status Layer::choose(i64 tokens, const plan::Choice& choice) { return impl_->bf16.routed.choose(tokens, choice); }
 const checkpoint::Layer& Layer::weights() const { return impl_->weights; }
 
 i64 Layer::workspace_bytes() const {
@@ -197,13 +200,13 @@ Status Layer::Impl::run_shared(const Plans& plans, const LayerCall& call, const 
   args.picks.ids = view(pass.shared_ids, Dtype::i32, hidden.rows, 1);
   args.picks.weights = view(pass.shared_weights, Dtype::f32, hidden.rows, 1);
   args.output.output = view(pass.addend, Dtype::f32, hidden.rows, hidden.cols);
-  return plan::run(plans.shared, args, pass.plan);
+  return plan::run(plans.shared.at(args.tokens).plan, args, pass.plan);
 }
 
 Status Layer::Impl::run_pass(const LayerCall& call, i64 begin, i64 count, const Pass& pass) const {
   const Plans& plans = call.hidden.dtype == Dtype::f16 ? f16 : bf16;
   if (!plans.status.ok()) return plans.status;
-  const Problem& problem = plans.routed.problem;
+  const Problem& problem = plans.routed.most().problem;
   Args args;
   home->complete(&args);
   args.stream = call.stream;
@@ -227,13 +230,13 @@ Status Layer::Impl::run_pass(const LayerCall& call, i64 begin, i64 count, const 
   }
   if (call.picked_ids != nullptr) args.picked.ids = call.picked_ids + begin * problem.top_k;
   if (call.picked_weights != nullptr) args.picked.weights = call.picked_weights + begin * problem.top_k;
-  return plan::run(plan_of(plans, count), args, pass.plan);
+  return plan::run(plans.routed.at(count).plan, args, pass.plan);
 }
 
 Status Layer::Impl::run_passes(const LayerCall& call, Workspace workspace) {
   Pass pass;
   lay_out(workspace.data, &pass);
-  const i64 most = bf16.routed.problem.max_tokens;
+  const i64 most = bf16.routed.most().problem.max_tokens;
   for (i64 begin = 0; begin < call.hidden.rows; begin += most) {
     const i64 count = std::min(most, call.hidden.rows - begin);
     Status status = run_pass(call, begin, count, pass);

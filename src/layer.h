@@ -2,11 +2,13 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "checkpoint/checkpoint.h"
 #include "plan.h"
+#include "tune/sizes.h"
 #include "weights/packed.h"
 
 namespace fourmoe {
@@ -19,6 +21,7 @@ struct LayerOptions {
   i32 max_tokens = 1024;         // most tokens of one pass; run splits longer calls
   bool batch_invariant = false;  // see Problem; costs the smallest calls on a GPU up to a fifth of their time
   Executor* executor = nullptr;  // null: the process's oneTBB executor
+  std::optional<std::string> tuning;  // file of measured choices (tune/book.h); unset: machine().tuning_path; "": none
 };
 
 // One call. Exactly one of: logits; ids and weights; neither (then the checkpoint's router computes logits). All
@@ -46,10 +49,12 @@ class Layer {
 
   const plan::Plan& plan() const;            // of the routed experts, for calls of max_tokens
   const plan::Plan& plan(i64 tokens) const;  // for calls of so many
+  const tune::Sizes& sizes() const;          // all of them, of the routed experts and bf16 tokens
   const Problem& problem() const { return plan().problem; }
   const checkpoint::Layer& weights() const;
-  i64 workspace_bytes() const;  // for one pass of max_tokens
-  i64 packed_bytes() const;     // 0 where the room reads the checkpoint's matrices
+  std::vector<std::string> notes() const;  // oddities of the weights, and of the file of measured choices
+  i64 workspace_bytes() const;             // for one pass of max_tokens
+  i64 packed_bytes() const;                // 0 where the room reads the checkpoint's matrices
 
   // Never throws. Given a workspace of workspace_bytes() it makes no memory of its own for the tokens; given none it
   // uses memory that the layer keeps, and calls from several threads then take turns.
@@ -60,6 +65,11 @@ class Layer {
 
   // Waits for the stream's work and reports what it found wrong. At once ok on the host.
   Status wait(void* stream = nullptr);
+
+  // The routed experts' calls of the bucket of so many tokens, of bf16 or f32, follow the choice from now on; empty:
+  // the rule. Refuses one that cannot be followed. No call may be under way; workspace_bytes() may grow, and graphs
+  // that captured the layer's own workspace are to be captured anew.
+  Status choose(i64 tokens, const plan::Choice& choice);
 
   // Other weights of the same shapes for the same plans; on a GPU the packed weights keep their addresses, so captured
   // graphs stay valid. No call may be under way. Throws Error: tensor_mismatch where shapes differ.

@@ -91,6 +91,17 @@ i32 usable_cores() {
   return online > 0 ? static_cast<i32>(online) : 1;
 }
 
+std::string find_tuning_path() {
+  const auto folder = [](const char* name) {
+    const char* value = std::getenv(name);
+    return std::string(value != nullptr && *value == '/' ? value : "");  // XDG: relative paths are to be ignored
+  };
+  if (const char* path = std::getenv("FOURMOE_TUNING")) return path;
+  if (const std::string cache = folder("XDG_CACHE_HOME"); !cache.empty()) return cache + "/fourmoe/tuning.json";
+  const std::string home = folder("HOME");
+  return home.empty() ? "" : home + "/.cache/fourmoe/tuning.json";
+}
+
 Machine probe() {
   Machine found;
   found.cpu_name = read_cpu_name();
@@ -106,6 +117,7 @@ Machine probe() {
   found.cuda = true;
 #endif
   found.devices = probe_devices();
+  found.tuning_path = find_tuning_path();
   return found;
 }
 

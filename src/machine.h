@@ -51,6 +51,7 @@ struct Machine {
   bool cuda = false;                        // this build holds code for GPUs
   std::vector<Device> devices;              // GPUs in CUDA's order; none where the build or the driver has none
   i32 device = -1;                          // what a plan is for: an index into devices, or -1 for the host
+  std::string tuning_path;                  // of the choices that were measured here (tune/book.h); empty: none
 };
 
 // The GPU that the machine's plans are for; null for the host, or when there is no such GPU.
@@ -63,7 +64,8 @@ inline const Device* device_of(const Machine& machine) {
 i32 parse_device(std::string_view word);
 
 // Probed at the first call. FOURMOE_CPU_LEVEL=portable|avx2|avx512|vnni|amx forces a level; one that the machine lacks,
-// or another word, throws Error(instruction_missing).
+// or another word, throws Error(instruction_missing). FOURMOE_TUNING names tuning_path, empty for none; without it, it
+// is fourmoe/tuning.json in XDG_CACHE_HOME or in ~/.cache.
 const Machine& machine();
 
 // The GPUs of this process, from the driver; none in a build without CUDA (gpu/runtime.cu, gpu/none.cc).

@@ -101,6 +101,72 @@ bool cover(const std::vector<Candidate>& candidates, int stage, std::vector<cons
   return false;
 }
 
+std::string words_of(const Step& step, const std::string& variant) {
+  return fmt::format("{}.{}{}{}", step.room, step.name, variant.empty() ? "" : " ", variant);
+}
+
+std::vector<Variant> variants_of(const Step& step, const Plan& plan) {
+  if (step.variants == nullptr) return {Variant{}};
+  return step.variants(plan.problem, plan.machine, bucket_of(plan.problem.max_tokens));
+}
+
+// Steps of the rule's room, which read the weights that it has packed, and bodies of the stage folders.
+bool in_room_of(const Step& step, const Plan& plan) { return step.room == plan.backend || !step.in_room(); }
+
+// The step and variant that the words name, to begin at `stage`.
+Status find(const Plan& plan, const std::string& words, int stage, const Step** step, Variant* variant) {
+  const std::string name = words.substr(0, words.find(' '));
+  for (const Candidate& c : plan.candidates) {
+    if (words_of(*c.step, "") != name || !c.verdict.accepted() || !in_room_of(*c.step, plan)) continue;
+    if (static_cast<int>(c.step->span.first) != stage) continue;
+    *step = c.step;
+    *variant = {};
+    if (name == words) return {};
+    for (Variant& known : variants_of(*c.step, plan)) {
+      if (words_of(*c.step, known.name) != words) continue;
+      *variant = std::move(known);
+      return {};
+    }
+  }
+  return refuse(Reason::no_plan, fmt::format("the choice has '{}', which does not serve stage {} here", words,
+                                             kStageNames[static_cast<std::size_t>(stage)]));
+}
+
+// Replaces the rule's steps by those of the choice.
+Status follow(const Choice& choice, Plan* plan) {
+  std::vector<const Step*> steps;
+  std::vector<Variant> variants;
+  int stage = 0;
+  for (const std::string& words : choice) {
+    if (stage > static_cast<int>(Stage::combine)) {
+      return refuse(Reason::no_plan, fmt::format("the choice goes on after combine, with '{}'", words));
+    }
+    Status status = find(*plan, words, stage, &steps.emplace_back(), &variants.emplace_back());
+    if (!status.ok()) return status;
+    stage = static_cast<int>(steps.back()->span.last) + 1;
+  }
+  if (stage <= static_cast<int>(Stage::combine)) {
+    return refuse(Reason::no_plan,
+                  fmt::format("the choice ends before {}", kStageNames[static_cast<std::size_t>(stage)]));
+  }
+  plan->steps = std::move(steps);
+  plan->variants = std::move(variants);
+  return {};
+}
+
+// Appends every choice that begins with `begun`, which covers the flow up to `stage`.
+void list_choices(const Plan& plan, const Choice& begun, int stage, std::vector<Choice>* choices) {
+  if (stage > static_cast<int>(Stage::combine)) return choices->push_back(begun);
+  for (const Candidate& c : plan.candidates) {
+    if (!c.verdict.accepted() || !in_room_of(*c.step, plan) || static_cast<int>(c.step->span.first) != stage) continue;
+    for (const Variant& variant : variants_of(*c.step, plan)) {
+      Choice longer = begun;
+      longer.push_back(words_of(*c.step, variant.name));
+      list_choices(plan, longer, static_cast<int>(c.step->span.last) + 1, choices);
+    }
+  }
+}
+
 // The list's order, but steps of the room that was asked for come before the host's bodies.
 std::vector<Candidate> preferred(std::vector<Candidate> candidates, const Request& request) {
   std::stable_partition(candidates.begin(), candidates.end(),
@@ -231,15 +297,42 @@ Status make(const Problem& problem, const Machine& machine, const Request& reque
   if (!general.accepted()) return refuse(general.reason, general.detail);
   if (Status status = check_device(machine); !status.ok()) return status;
   if (!cover(preferred(out->candidates, request), 0, &out->steps)) return refuse_plan(*out);
+  out->variants.resize(out->steps.size());
+  for (const Step* step : out->steps) {
+    if (step->in_room()) out->backend = step->room;
+  }
+  if (!request.choice.empty()) {
+    if (Status status = follow(request.choice, out); !status.ok()) return status;
+  }
   for (Candidate& candidate : out->candidates) {
     candidate.chosen = std::find(out->steps.begin(), out->steps.end(), candidate.step) != out->steps.end();
-    if (candidate.chosen && candidate.step->in_room()) out->backend = candidate.step->room;
   }
   Args unused;
   Carver carver(nullptr);
   lay_out(*out, &carver, &unused, scratch_bytes(*out));
   out->workspace_bytes = carver.used();
   return {};
+}
+
+Choice choice_of(const Plan& plan) {
+  Choice choice;
+  for (std::size_t i = 0; i < plan.steps.size(); ++i) {
+    choice.push_back(words_of(*plan.steps[i], plan.variants[i].name));
+  }
+  return choice;
+}
+
+std::vector<Choice> alternatives(const Problem& problem, const Machine& machine, const Request& request) {
+  Plan rule;
+  std::vector<Choice> choices;
+  if (!make(problem, machine, {request.backend, request.pinned, {}}, &rule).ok()) return choices;
+  list_choices(rule, {}, 0, &choices);
+  Choice first;  // with the variants that the rule takes
+  for (const Step* step : rule.steps) first.push_back(words_of(*step, variants_of(*step, rule).front().name));
+  const auto found = std::find(choices.begin(), choices.end(), first);
+  if (found == choices.end()) return {first};  // pinned steps of another room
+  std::rotate(choices.begin(), found, found + 1);
+  return choices;
 }
 
 Status run(const Plan& plan, Args args, Workspace workspace) {
@@ -258,8 +351,9 @@ Status run(const Plan& plan, Args args, Workspace workspace) {
   std::byte* scratch = lay_out(plan, &carver, &args, scratch_bytes(plan));
   if (args.picked.ids != nullptr) args.slots.ids = args.picked.ids;
   if (args.picked.weights != nullptr) args.slots.weights = args.picked.weights;
-  for (const Step* step : plan.steps) {
-    if (Status status = step->run({step, &args, scratch}); !status.ok()) return status;
+  for (std::size_t i = 0; i < plan.steps.size(); ++i) {
+    const Step* step = plan.steps[i];
+    if (Status status = step->run({step, &args, scratch, plan.variants[i].number}); !status.ok()) return status;
   }
   return {};
 }

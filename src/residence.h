@@ -9,11 +9,10 @@
 
 namespace fourmoe {
 
-// A plan for tokens of each 16-bit type: f16 tokens stay f16, all others are computed in bf16.
+// The plans for tokens of each 16-bit type: f16 tokens stay f16, all others are computed in bf16.
 struct Plans {
-  plan::Plan routed;
-  plan::Plan few;     // for calls of up to plan::kFewTokens; without steps where it would be the same
-  plan::Plan shared;  // without steps where the layer has no shared experts
+  tune::Sizes routed;
+  tune::Sizes shared;  // empty where the layer has no shared experts
   Status status;
 };
 

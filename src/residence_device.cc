@@ -17,8 +17,9 @@ using format::Dtype;
 using format::Matrix;
 using format::Tensor;
 
-const weights::Packing* packing_of(const plan::Plan& plan) {
-  for (const Step* step : plan.steps) {
+// All plans of a layer take steps of one room, which read one packing.
+const weights::Packing* packing_of(const tune::Sizes& sizes) {
+  for (const Step* step : sizes.most().steps) {
     if (step->packing != nullptr) return step->packing;
   }
   return nullptr;
@@ -75,17 +76,17 @@ class DeviceResidence final : public Residence {
   DeviceResidence(checkpoint::Layer* layer, const Plans& plans, Executor& executor)
       : layer_(*layer),
         executor_(executor),
-        device_(device_of(plans.routed.machine)->index),
-        most_tokens_(plans.routed.problem.max_tokens) {
+        device_(device_of(plans.routed.most().machine)->index),
+        most_tokens_(plans.routed.most().problem.max_tokens) {
     const gpu::Current current(device_);
     throw_unless_ok(current.status());
     throw_unless_ok(gpu::Buffer::make(gpu::Kind::pinned, sizeof(gpu::Fault), "fault record", &fault_));
     new (fault_.data()) gpu::Fault;
     throw_unless_ok(gpu::Event::make(&own_workspace_done_));
     set_numbers();
-    packed_.emplace(plans.routed.problem, layer_.experts, *packing_of(plans.routed), device_, executor);
+    packed_.emplace(plans.routed.most().problem, layer_.experts, *packing_of(plans.routed), device_, executor);
     if (!layer_.shared) return;
-    packed_shared_.emplace(plans.shared.problem, std::span(&layer_.shared->expert, 1), *packing_of(plans.shared),
+    packed_shared_.emplace(plans.shared.most().problem, std::span(&layer_.shared->expert, 1), *packing_of(plans.shared),
                            device_, executor);
   }
 
@@ -186,12 +187,13 @@ class DeviceResidence final : public Residence {
   Status lend_workspace(Visit* visit) {
     visit->turn = std::unique_lock(own_workspace_mutex_);
     if (Status status = gpu::capturing(visit->call.stream, &lent_to_capture_); !status.ok()) return status;
-    if (own_workspace_.data() == nullptr && lent_to_capture_) {
+    const bool fits = own_workspace_.data() != nullptr && own_workspace_.bytes() >= visit->bytes;
+    if (!fits && lent_to_capture_) {
       return refuse(Reason::workspace_too_small, fmt::format("a captured call cannot make the layer's own workspace; "
                                                              "{} bytes given, or a call before the capture, would pass",
                                                              visit->bytes));
     }
-    if (own_workspace_.data() == nullptr) {
+    if (!fits) {
       Status status = gpu::Buffer::make(gpu::Kind::device, visit->bytes, "the layer's own workspace", &own_workspace_);
       if (!status.ok()) return status;
     }
@@ -213,7 +215,7 @@ class DeviceResidence final : public Residence {
   std::optional<weights::DevicePacked> packed_;
   std::optional<weights::DevicePacked> packed_shared_;
   std::mutex own_workspace_mutex_;
-  gpu::Buffer own_workspace_;  // made at the first call that brings none
+  gpu::Buffer own_workspace_;  // made at the first call that brings none; anew when Layer::choose made it too small
   gpu::Event own_workspace_done_;
   bool lent_to_capture_ = false;  // guarded by own_workspace_mutex_
 };

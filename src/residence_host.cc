@@ -12,8 +12,9 @@ struct Free {
   void operator()(std::byte* memory) const { ::operator delete[](memory, std::align_val_t{kWorkspaceAlignment}); }
 };
 
-const weights::Order* order_of(const plan::Plan& plan) {
-  for (const Step* step : plan.steps) {
+const weights::Order* order_of(const tune::Sizes& sizes) {
+  if (sizes.empty()) return nullptr;
+  for (const Step* step : sizes.most().steps) {
     if (step->order != nullptr) return step->order;
   }
   return nullptr;

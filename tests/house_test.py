@@ -19,7 +19,7 @@ ROOM_NAMES = re.compile(r"atom(_\w+)?|tiles|gemm1|gemm2|whole")
 TIERS = ("words", "contracts", "gpu", "bodies", "rooms", "plan", "faces")
 WORDS = {"flow", "status", "machine", "executor", "workspace"}
 CONTRACTS = {"args.h", "weights/expert_table.h", "weights/quantise.h", "parallel/parallel.h", "parallel/arena.h"}
-PLAN = {"plan", "tune", "layer", "residence", "residence_host", "residence_device"}
+PLAN = {"plan", "layer", "residence", "residence_host", "residence_device"}
 SAME_TIER_OPEN = ("gpu", "words", "contracts", "plan", "faces")  # elsewhere a file sees lower tiers and its own folder
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.M)
@@ -77,7 +77,7 @@ def tier_of(path):
         return TIERS.index("bodies")
     if folder == "backends" and len(parts) > 3:
         return TIERS.index("rooms")
-    if len(parts) == 2 and stem in PLAN or stem == "backends/list":
+    if len(parts) == 2 and stem in PLAN or stem == "backends/list" or folder == "tune":
         return TIERS.index("plan")
     return None
 

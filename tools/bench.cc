@@ -1,11 +1,8 @@
 // fourmoe bench: how fast this machine runs a layer, and what share of its ceilings that is.
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <filesystem>
-#include <fstream>
 #include <memory>
 
 #include "case.h"
@@ -13,22 +10,20 @@
 #include "command.h"
 #include "describe.h"
 #include "device_time.h"
-#include "layer.h"
+#include "host_time.h"
 #include "progress.h"
 #include "quantity.h"
+#include "rotation.h"
 #include "table.h"
-#include "weights/packed.h"
+#include "write_file.h"
 
 namespace fourmoe::tools {
 namespace {
 
 using cases::Routes;
-using Clock = std::chrono::steady_clock;
 
 struct Options {
-  std::string path;
-  std::string shape;
-  int layer = -1;
+  Subject subject;
   std::vector<int> tokens = {1, 16, 256};
   std::string backend = "auto";
   std::string device;
@@ -39,135 +34,6 @@ struct Options {
   std::string output;
 };
 
-// Weights come from memory when at least this much of other weights, and twice the last-level cache, was read since.
-constexpr i64 kColdBytes = i64{1} << 30;
-constexpr i64 kMostLayers = 64;
-
-// Random weights whose matrices are windows of one pool. The blobs that a room packs from them are memory of their own,
-// and the pool is quickly filled, however large the layer.
-struct Pool {
-  std::vector<u8> codes;
-  std::vector<u8> scales;
-};
-
-i64 largest_codes(const Problem& p) { return i64{p.hidden} * p.inter / 2; }
-
-std::shared_ptr<Pool> make_pool(const Problem& p) {
-  constexpr i64 kSpread = 1 << 16;  // offsets of the windows
-  auto pool = std::make_shared<Pool>();
-  std::mt19937_64 random(1);
-  pool->codes.resize(static_cast<std::size_t>(largest_codes(p) + kSpread));
-  pool->scales.resize(static_cast<std::size_t>(largest_codes(p) / 8 + kSpread));
-  for (u8& byte : pool->codes) byte = static_cast<u8>(random() >> 32);
-  // E4M3 of 2^-3 to 2^2, and E8M0 of about the same.
-  for (u8& byte : pool->scales) {
-    const u64 bits = random() >> 32;
-    byte = p.encoding == format::Encoding::mxfp4 ? static_cast<u8>(124 + bits % 6)
-                                                 : static_cast<u8>((4 + bits % 6) << 3 | (bits >> 8) % 8);
-  }
-  return pool;
-}
-
-format::Matrix window(const Pool& pool, const Problem& p, i32 rows, i32 cols, std::mt19937_64* random) {
-  format::Matrix matrix;
-  matrix.rows = rows;
-  matrix.cols = cols;
-  matrix.encoding = p.encoding;
-  matrix.data_stride = cols / 2;
-  matrix.scales_stride = cols / format::block_of(p.encoding);
-  const u64 offset = (*random)() % (1 << 16);
-  matrix.data = pool.codes.data() + offset;
-  matrix.scales = pool.scales.data() + offset;
-  matrix.global = p.encoding == format::Encoding::mxfp4 ? 1.0f : 0.17f / std::sqrt(static_cast<f32>(cols));
-  return matrix;
-}
-
-checkpoint::Layer random_weights(const Problem& p, const std::shared_ptr<Pool>& pool, u64 seed) {
-  std::mt19937_64 random(seed);
-  checkpoint::Layer layer;
-  layer.problem = p;
-  for (i32 e = 0; e < p.local_experts; ++e) {
-    weights::Expert expert;
-    if (p.activation.gated()) expert.gate = window(*pool, p, p.inter, p.hidden, &random);
-    expert.up = window(*pool, p, p.inter, p.hidden, &random);
-    expert.down = window(*pool, p, p.hidden, p.inter, &random);
-    expert.input_scale = 5.0f / format::kNvfp4Max;
-    expert.inter_scale = 4.0f / format::kNvfp4Max;
-    layer.experts.push_back(expert);
-  }
-  layer.owner = pool;
-  return layer;
-}
-
-// The layers that take turns, so that no case finds its weights in a cache.
-struct Rotation {
-  std::vector<std::unique_ptr<Layer>> layers;
-  std::string weights;          // where they come from
-  f64 pack_seconds = 0.0;       // the least that making one of them took, its memory touched first
-  f64 packed_per_second = 0.0;  // bytes packed into memory of the host that was touched before; 0 on a GPU
-
-  bool on_device() const { return layers.front()->plan().machine.device >= 0; }
-  Layer& at(i64 turn) { return *layers[static_cast<std::size_t>(turn) % layers.size()]; }
-};
-
-// The memory that holds the packed weights, and the cache before it.
-struct Store {
-  i64 memory_bytes;
-  i64 cache_bytes;
-};
-
-Store store_of(i32 device) {
-  const Machine& m = machine();
-  if (device < 0 || device >= static_cast<i32>(m.devices.size())) return {m.memory_bytes, m.cache_bytes};
-  return {m.devices[device].memory_bytes, m.devices[device].l2_bytes};
-}
-
-const weights::Order* order_of(const Layer& layer) {
-  for (const Step* step : layer.plan().steps) {
-    if (step->order != nullptr) return step->order;
-  }
-  return nullptr;
-}
-
-// Packs the layer's experts, each over an earlier one's panels: bytes a second; 0 where the room packs nothing.
-f64 measure_packing(const Layer& layer, Executor& executor) {
-  if (order_of(layer) == nullptr) return 0.0;
-  const weights::Order& order = *order_of(layer);
-  const std::vector<weights::Expert>& experts = layer.weights().experts;
-  const auto panels = [&](const format::Matrix& m) { return m.empty() ? 0 : weights::panel_count(order, m.rows); };
-  const auto stride = [&](const format::Matrix& m) {
-    return weights::panel_bytes(weights::panel_format(m.encoding), order, m.cols);
-  };
-  i64 expert_bytes = 0;
-  for (const format::Matrix* m : {&experts[0].gate, &experts[0].up, &experts[0].down}) {
-    expert_bytes += panels(*m) * stride(*m);
-  }
-  const i64 slots = 4 * i64{executor.threads()};
-  std::vector<u8> memory(static_cast<std::size_t>(slots * expert_bytes), 1);
-  f64 best = 0.0;
-  for (int repeat = 0; repeat < 3; ++repeat) {
-    const Clock::time_point start = Clock::now();
-    executor.parallel_for(slots, [&](i64 slot) {
-      for (std::size_t e = static_cast<std::size_t>(slot); e < experts.size(); e += static_cast<std::size_t>(slots)) {
-        auto* out = reinterpret_cast<std::byte*>(memory.data()) + slot * expert_bytes;
-        for (const format::Matrix* m : {&experts[e].gate, &experts[e].up, &experts[e].down}) {
-          if (!m->empty()) weights::pack_panels(*m, order, 0, panels(*m), out, stride(*m));
-          out += panels(*m) * stride(*m);
-        }
-      }
-    });
-    const f64 seconds = std::chrono::duration<f64>(Clock::now() - start).count();
-    best = std::max(best, static_cast<f64>(experts.size()) * static_cast<f64>(expert_bytes) / seconds);
-  }
-  return best;
-}
-
-i64 copies_to_be_cold(i64 bytes, const Store& store) {
-  const i64 budget = store.memory_bytes / 4;
-  const i64 wanted = (std::max(kColdBytes, 2 * store.cache_bytes) + bytes - 1) / bytes;
-  return std::clamp<i64>(std::min(wanted, budget / bytes), 1, kMostLayers);
-}
-
 LayerOptions layer_options(const Options& options, Executor* executor) {
   LayerOptions how;
   how.backend = options.backend;
@@ -176,55 +42,6 @@ LayerOptions layer_options(const Options& options, Executor* executor) {
   how.max_tokens = std::clamp(*std::max_element(options.tokens.begin(), options.tokens.end()), 1, 4096);
   how.executor = executor;
   return how;
-}
-
-// Expert bytes of all, and the same packed: what making the layer will take.
-void check_memory(const Problem& p, const Store& store) {
-  const i64 bytes = cases::expert_bytes(p) * p.local_experts;
-  if (bytes <= store.memory_bytes / 4 * 3) return;
-  throw Error(Reason::out_of_memory, fmt::format("the layer has {} of weights, the device {} of memory",
-                                                 bytes_text(bytes), bytes_text(store.memory_bytes)));
-}
-
-void add_layer(Rotation* rotation, checkpoint::Layer weights, const LayerOptions& options) {
-  const Clock::time_point start = Clock::now();
-  rotation->layers.push_back(std::make_unique<Layer>(std::move(weights), options));
-  const f64 seconds = std::chrono::duration<f64>(Clock::now() - start).count();
-  rotation->pack_seconds = rotation->layers.size() == 1 ? seconds : std::min(rotation->pack_seconds, seconds);
-}
-
-Rotation make_rotation(const Options& options, Executor* executor, Progress* progress) {
-  Rotation rotation;
-  const Store store = store_of(device_of(options.device, options.backend));
-  if (options.shape.empty()) {
-    const auto checkpoint = checkpoint::Checkpoint::open(options.path);
-    i32 index = options.layer;
-    if (index < 0) {
-      const checkpoint::Info info = checkpoint.inspect();
-      if (info.layers.empty()) throw Error(Reason::layer_missing, fmt::format("{} has no MoE layers", info.path));
-      index = info.layers.front().index;
-    }
-    checkpoint::Layer weights = checkpoint.load(index, *executor);
-    weights.shared.reset();  // the figures are those of the routed experts
-    const i64 copies = copies_to_be_cold(cases::expert_bytes(weights.problem) * weights.problem.local_experts, store);
-    for (i64 i = 0; i < copies; ++i) {
-      progress->show_count("packing weights", i, copies);
-      add_layer(&rotation, weights, layer_options(options, executor));
-    }
-    rotation.weights = fmt::format("layer {} of {}", index, options.path);
-    return rotation;
-  }
-  const Problem problem = parse_shape(options.shape);
-  if (const Verdict verdict = check(problem); !verdict.accepted()) throw Error(verdict.reason, verdict.detail);
-  check_memory(problem, store);
-  const std::shared_ptr<Pool> pool = make_pool(problem);
-  const i64 copies = copies_to_be_cold(cases::expert_bytes(problem) * problem.local_experts, store);
-  for (i64 i = 0; i < copies; ++i) {
-    progress->show_count("packing weights", i, copies);
-    add_layer(&rotation, random_weights(problem, pool, static_cast<u64>(i) + 1), layer_options(options, executor));
-  }
-  rotation.weights = fmt::format("random, {}", options.shape);
-  return rotation;
 }
 
 struct Result {
@@ -262,8 +79,6 @@ std::vector<cases::Call> make_calls(const Problem& problem, i32 tokens, Routes r
 
 // Runs the case for the time given, at least five times; inputs and layers change from run to run.
 Result measure(Rotation* rotation, i32 tokens, Routes routes, f64 budget, Progress* progress) {
-  constexpr std::size_t kLeast = 5;
-  constexpr std::size_t kMost = 100000;
   Result result;
   result.tokens = tokens;
   result.routes = routes;
@@ -274,34 +89,17 @@ Result measure(Rotation* rotation, i32 tokens, Routes routes, f64 budget, Progre
   }
   result.bytes = result.active_experts * static_cast<f64>(cases::expert_bytes(problem));
   result.flops = cases::flops(problem, i64{tokens} * problem.top_k);
-  if (rotation->on_device()) {
-    progress->show(fmt::format("{} tokens, {} routing", tokens, result.routing()));
-    result.seconds = time_on_device(rotation->layers, calls, budget);
-    return result;
-  }
-  // A layer makes its workspace in its first call, and memory is first touched then.
-  const i64 warm_up = std::max<i64>(2, static_cast<i64>(rotation->layers.size()));
-  std::vector<u8> output;
-  f64 spent = 0.0;
-  for (i64 turn = 0; result.seconds.size() < kLeast || (spent < budget && result.seconds.size() < kMost); ++turn) {
-    const LayerCall call = calls[static_cast<std::size_t>(turn) % calls.size()].view(&output, format::Dtype::bf16);
-    const Clock::time_point start = Clock::now();
-    throw_unless_ok(rotation->at(turn).run(call));
-    const f64 seconds = std::chrono::duration<f64>(Clock::now() - start).count();
-    progress->show(fmt::format("{} tokens, {} routing", tokens, result.routing()));
-    if (turn < warm_up) continue;
-    result.seconds.push_back(seconds);
-    spent += seconds;
-  }
-  std::sort(result.seconds.begin(), result.seconds.end());
+  const auto show = [&] { progress->show(fmt::format("{} tokens, {} routing", tokens, result.routing())); };
+  show();
+  result.seconds = rotation->on_device() ? time_on_device(rotation->layers, calls, budget)
+                                         : time_on_host(rotation, calls, budget, show);
   return result;
 }
 
 // The command that repeats a case.
 std::string repeat_words(const Options& options, i32 tokens) {
   std::string words = "fourmoe bench ";
-  words += options.shape.empty() ? options.path : "--shape " + options.shape;
-  if (options.layer >= 0) words += fmt::format(" --layer {}", options.layer);
+  words += options.subject.words();
   if (!options.device.empty()) words += " --device " + options.device;
   words += fmt::format(" --tokens {} --backend {} --precision {} --threads {} --seconds {:g}", tokens, options.backend,
                        options.precision, options.threads, options.seconds);
@@ -351,6 +149,7 @@ std::string report_text(const Report& r) {
                                 choice_words(r.layer().plan(), r.layer().plan().machine), r.threads,
                                 r.threads == 1 ? "" : "s"));
   facts.add("weights", weights_words(r));
+  for (const std::string& note : r.layer().notes()) facts.add("note", note);
   facts.add("ceilings", ceilings_words(r));
   facts.add("version", FOURMOE_VERSION);
   Table table({">tokens", "routing", ">median us", ">p10 us", ">p90 us", ">runs", ">active", ">MB", ">GB/s",
@@ -402,7 +201,7 @@ Json report_json(const Report& r) {
          {"flops_per_second", flops},
          {"share_of_peak", nullptr},
          {"tokens_per_second", c.tokens / c.median()},
-         {"steps", steps_json(r.layer().plan(c.tokens))},
+         {"steps", plan::choice_of(r.layer().plan(c.tokens))},
          {"command", repeat_words(r.options, c.tokens)}});
     if (r.device() == nullptr) cases_json.back()["share_of_peak"] = flops / r.ceilings.flops_per_second;
   }
@@ -420,21 +219,9 @@ Json report_json(const Report& r) {
           {"cases", cases_json}};
 }
 
-// To a temporary name beside `path`, then renamed.
-void write_file(const std::string& path, const std::string& text) {
-  const std::string temporary = fmt::format("{}.{}.partial", path, ::getpid());
-  std::ofstream out(temporary, std::ios::binary);
-  out << text;
-  out.close();
-  std::error_code error;
-  if (out) std::filesystem::rename(temporary, path, error);
-  if (out && !error) return;
-  std::filesystem::remove(temporary, error);
-  throw Error(Reason::write_failed, fmt::format("{} cannot be written", path));
-}
-
 int run(const Options& options) {
-  if (options.path.empty() == options.shape.empty()) throw CLI::ValidationError("give either PATH or --shape");
+  if (options.subject.path.empty() == options.subject.shape.empty())
+    throw CLI::ValidationError("give either PATH or --shape");
   if (!options.output.empty() &&
       !std::filesystem::is_directory(std::filesystem::absolute(options.output).parent_path())) {
     throw Error(Reason::write_failed, fmt::format("output {}: its folder does not exist", options.output));
@@ -445,7 +232,7 @@ int run(const Options& options) {
   std::vector<Result> results;
   {
     Progress progress("bench");
-    rotation = make_rotation(options, &executor, &progress);
+    rotation = make_rotation(options.subject, layer_options(options, &executor), &progress);
     progress.show("measuring packing and the ceilings");
     if (rotation.on_device()) {
       ceilings.read_bytes_per_second = measure_copy_rate(rotation.at(0).plan().machine.device);
@@ -471,9 +258,9 @@ int run(const Options& options) {
 Command add_bench(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = app.add_subcommand("bench", "measure a layer, of random weights or of a checkpoint");
-  CLI::Option* path = sub->add_option("path", options->path, "checkpoint")->type_name("PATH");
-  add_shape(sub, &options->shape)->excludes(path);
-  add_layer(sub, &options->layer, "layer of the checkpoint; the first MoE layer if not given");
+  CLI::Option* path = sub->add_option("path", options->subject.path, "checkpoint")->type_name("PATH");
+  add_shape(sub, &options->subject.shape)->excludes(path);
+  add_layer(sub, &options->subject.layer, "layer of the checkpoint; the first MoE layer if not given");
   sub->add_option("--tokens", options->tokens, "token counts, one case each")
       ->delimiter(',')
       ->check(within(1, 1 << 20))

@@ -26,6 +26,7 @@ Command add_quantize(CLI::App& app);
 Command add_verify(CLI::App& app);
 Command add_explain(CLI::App& app);
 Command add_bench(CLI::App& app);
+Command add_tune(CLI::App& app);
 Command add_support(CLI::App& app);
 
 // "auto" and the rooms of backends/list.cc, for --backend.

@@ -70,6 +70,15 @@ std::string choice_words(const plan::Plan& plan, const Machine& machine) {
   return words;
 }
 
+std::string choice_text(const plan::Choice& choice) {
+  std::string text;
+  for (const std::string& words : choice) {
+    if (words.starts_with("host.") || words.starts_with("device.")) continue;
+    text += (text.empty() ? "" : " + ") + words;
+  }
+  return text;
+}
+
 Json problem_json(const Problem& p) {
   Json activation = {{"kind", activation_name(p.activation.kind)}};
   if (p.activation.kind == ActivationKind::swiglu_clamped) {

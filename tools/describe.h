@@ -22,6 +22,8 @@ std::string step_words(const Step& step);                                  // "c
 std::string steps_words(const plan::Plan& plan);                           // "host.route, cpu.gemm1, ..."
 std::string choice_words(const plan::Plan& plan, const Machine& machine);  // what its GEMM steps say of themselves
 
+std::string choice_text(const plan::Choice& choice);  // its rooms' steps, with variants
+
 Json problem_json(const Problem& problem);
 Json machine_json(const Machine& machine);
 Json steps_json(const plan::Plan& plan);

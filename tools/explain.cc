@@ -43,7 +43,25 @@ Problem read_problem(const Options& options, std::string* what) {
                                                                      options.layer, known.empty() ? "none" : known));
 }
 
-Json plan_json(const std::string& what, const plan::Plan& plan, const Status& status) {
+Json sizes_json(const Explained& layer) {
+  Json sizes = Json::array();
+  for (const tune::Sized& size : layer.sizes.all()) {
+    Json json = {{"tokens", size.plan.problem.max_tokens},
+                 {"steps", plan::choice_of(size.plan)},
+                 {"by", tune::source_name(size.source)},
+                 {"floor_us", nullptr},
+                 {"measured_us", nullptr},
+                 {"default_us", nullptr}};
+    if (layer.floor(size) > 0.0) json["floor_us"] = 1e6 * layer.floor(size);
+    if (size.measured) json["measured_us"] = 1e6 * size.measured->seconds;
+    if (size.measured) json["default_us"] = 1e6 * size.measured->default_seconds;
+    sizes.push_back(std::move(json));
+  }
+  return sizes;
+}
+
+Json layer_json(const Explained& layer) {
+  const plan::Plan& plan = layer.plan();
   Json steps = Json::array();
   for (const plan::Candidate& c : plan.candidates) {
     steps.push_back({{"step", step_words(*c.step)},
@@ -54,16 +72,17 @@ Json plan_json(const std::string& what, const plan::Plan& plan, const Status& st
                      {"detail", detail_words(c, plan.problem, plan.machine)}});
   }
   Json json = {{"machine", machine_json(machine())},
-               {"layer", what},
+               {"layer", layer.what},
                {"problem", problem_json(plan.problem)},
                {"steps", steps},
                {"plan", nullptr},
-               {"workspace_bytes", nullptr}};
-  if (status.ok()) {
-    const plan::Plan few = plan_few(plan);
+               {"sizes", nullptr},
+               {"workspace_bytes", nullptr},
+               {"notes", layer.notes}};
+  if (layer.status.ok()) {
     json["plan"] = steps_json(plan);
-    json["plan_few"] = few.steps.empty() ? Json(nullptr) : steps_json(few);
-    json["workspace_bytes"] = plan.workspace_bytes;
+    json["sizes"] = sizes_json(layer);
+    json["workspace_bytes"] = layer.sizes.workspace_bytes();
   }
   return json;
 }
@@ -76,14 +95,13 @@ int run(const Options& options) {
   Problem problem = read_problem(options, &what);
   problem.precision = parse_precision(options.precision);
   problem.max_tokens = options.tokens;
-  plan::Plan plan;
   Machine target = machine();
   target.device = device_of(options.device, options.backend);
-  const Status status = plan::make(problem, target, {options.backend, {}}, &plan);
-  if (options.json) print_json(plan_json(what, plan, status));
-  else fmt::print("{}", explain_text(what, plan, status));
+  const Explained layer = explain(what, problem, target, options.backend, std::nullopt);
+  if (options.json) print_json(layer_json(layer));
+  else fmt::print("{}", explain_text(layer));
   std::fflush(stdout);
-  throw_unless_ok(status);
+  throw_unless_ok(layer.status);
   return kSuccess;
 }
 

@@ -1,9 +1,11 @@
 // What `fourmoe explain` prints, as text: the Python package's Layer.explain() gives the same.
 #pragma once
 
+#include <optional>
 #include <string>
+#include <vector>
 
-#include "plan.h"
+#include "tune/sizes.h"
 
 namespace fourmoe::tools {
 
@@ -11,10 +13,24 @@ namespace fourmoe::tools {
 std::string verdict_words(const plan::Candidate& candidate);
 std::string detail_words(const plan::Candidate& candidate, const Problem& problem, const Machine& target);
 
-// The plan of the smallest calls where it is another; without steps elsewhere. Throws Error.
-plan::Plan plan_few(const plan::Plan& plan);
+// A layer's plans and where they come from.
+struct Explained {
+  std::string what;  // names the layer
+  Status status;     // of the largest plan
+  tune::Sizes sizes;
+  f64 copy_bytes_per_second = 0.0;  // 0: unknown
+  std::vector<std::string> notes;
 
-// `what` names the layer; status is plan::make's. Ends with a newline.
-std::string explain_text(const std::string& what, const plan::Plan& plan, const Status& status);
+  const plan::Plan& plan() const { return sizes.most(); }
+  // Seconds that a size's weights take at the copy rate; 0: unknown.
+  f64 floor(const tune::Sized& size) const;
+};
+
+// tuning: see LayerOptions.
+Explained explain(const std::string& what, const Problem& problem, const Machine& machine, const std::string& backend,
+                  const std::optional<std::string>& tuning);
+
+// Ends with a newline.
+std::string explain_text(const Explained& layer);
 
 }  // namespace fourmoe::tools

@@ -285,7 +285,7 @@ void print_text(const Report& r) {
                                    r.layer.packed_bytes() == 0
                                        ? ", read in place"
                                        : fmt::format(", packed in {}", bytes_text(r.layer.packed_bytes()))));
-  for (const std::string& note : r.layer.weights().notes) facts.add("note", note);
+  for (const std::string& note : r.layer.notes()) facts.add("note", note);
   facts.add("backend", backend_words(r.options, r.layer.plan(), r.threads));
   facts.add("precision", std::string(precision_name(p.precision)));
   facts.add("routing", fmt::format("{}: {}", r.in.routing(), routing_words(p.routing)));
@@ -313,7 +313,7 @@ Json report_json(const Report& r) {
   Json json = {{"checkpoint", r.options.path},
                {"layer", r.options.layer},
                {"problem", problem_json(p)},
-               {"notes", r.layer.weights().notes},
+               {"notes", r.layer.notes()},
                {"backend", r.layer.plan().backend},
                {"steps", steps_json(r.layer.plan())},
                {"choice", choice_words(r.layer.plan(), r.layer.plan().machine)},

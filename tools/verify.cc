@@ -131,7 +131,8 @@ class Bench {
     Machine target = machine();
     target.device = device_;
     Problem problem = problem_;
-    if (!step->can(problem, target).accepted()) problem.max_tokens = plan::kFewTokens;  // it may serve few alone
+    // It may serve few tokens alone.
+    while (problem.max_tokens > 1 && !step->can(problem, target).accepted()) problem.max_tokens /= 2;
     Verification v = {name_, step_words(*step), problem.precision, step->can(problem, target), {}};
     if (!v.verdict.accepted()) return v;
     LayerOptions how = options();

@@ -104,7 +104,7 @@ void add_layer(nb::module_& m) {
       .def_prop_ro("has_router", [](const PyLayer& l) { return !l.layer().weights().router.empty(); })
       .def_prop_ro("has_shared", [](const PyLayer& l) { return l.layer().weights().shared.has_value(); })
       .def_prop_ro("packed_bytes", [](const PyLayer& l) { return l.layer().packed_bytes(); })
-      .def_prop_ro("notes", [](const PyLayer& l) { return l.layer().weights().notes; })
+      .def_prop_ro("notes", [](const PyLayer& l) { return l.layer().notes(); })
       .def_prop_ro("handle", &PyLayer::handle);
 }
 

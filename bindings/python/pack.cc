@@ -78,6 +78,14 @@ Activation read_activation(const Keywords& given) {
   return activation;
 }
 
+std::optional<std::string> read_tuning(const Keywords& given) {
+  if (!given.has("tuning")) return std::nullopt;
+  std::filesystem::path path;
+  if (nb::try_cast(given.object("tuning"), path)) return path.string();
+  throw Error(Reason::argument_invalid,
+              fmt::format("tuning is {}, expected a path", nb::repr(given.object("tuning")).c_str()));
+}
+
 Choices read_choices(const Keywords& given) {
   Choices choices;
   choices.device = parse_device(nb::str(given.has("device") ? given.object("device") : nb::str("cpu")).c_str());
@@ -86,6 +94,7 @@ Choices read_choices(const Keywords& given) {
   choices.max_tokens = given.get("max_tokens", choices.max_tokens);
   choices.threads = given.get("threads", 0);
   choices.batch_invariant = given.get("batch_invariant", false);
+  choices.tuning = read_tuning(given);
   if (choices.max_tokens < 1 || choices.threads < 0) {
     throw Error(Reason::argument_invalid, fmt::format("max_tokens is {} and threads {}, expected at least 1 and 0",
                                                       choices.max_tokens, choices.threads));

@@ -133,6 +133,7 @@ LayerOptions PyLayer::options(Precision precision, const std::string& plan) cons
   options.executor = executor_;
   options.device = choices_.device;
   options.batch_invariant = choices_.batch_invariant;
+  options.tuning = choices_.tuning;
   return options;
 }
 
@@ -223,9 +224,7 @@ std::string PyLayer::explain(i64 tokens) const {
     throw Error(Reason::argument_invalid, fmt::format("tokens is {}, expected 0 to {}", tokens, 1 << 24));
   }
   p.max_tokens = static_cast<i32>(tokens);
-  plan::Plan made;
-  const Status status = plan::make(p, layer().plan().machine, {choices_.plan, {}}, &made);
-  return tools::explain_text(what_, made, status);
+  return tools::explain_text(tools::explain(what_, p, layer().plan().machine, choices_.plan, choices_.tuning));
 }
 
 std::string PyLayer::repr() const {

@@ -35,6 +35,7 @@ struct Choices {
   i32 max_tokens = 1024;
   i32 threads = 0;
   bool batch_invariant = false;
+  std::optional<std::string> tuning;
 };
 
 class PyLayer {

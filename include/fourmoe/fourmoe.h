@@ -138,6 +138,8 @@ typedef struct fourmoe_options {
   const char* device;               /* "host" (also null), or "cuda:0", "cuda:1", ...: where the layer lives */
   int32_t batch_invariant;          /* 1: a token's bits do not depend on how many others a call has */
   int32_t unused;                   /* 0 */
+  const char* tuning;               /* file of choices measured by `fourmoe tune`; null: the one that FOURMOE_TUNING or
+                                       the user's cache has; "": none. What is wrong in it is left out, unreported */
 } fourmoe_options;
 
 /* One call. Give router_logits, or topk_ids with topk_weights, or neither: then the checkpoint's own router is used.

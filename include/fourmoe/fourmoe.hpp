@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -41,10 +42,19 @@ struct Options {
   const fourmoe_executor* executor = nullptr;  // a thread pool of the host program
   std::string device = "host";                 // or "cuda:0", ...
   bool batch_invariant = false;                // a token's bits do not depend on how many others a call has
+  std::optional<std::string> tuning;           // file of measured choices; unset: the user's; "": none
 
   fourmoe_options c() const {
-    return {sizeof(fourmoe_options), backend.c_str(), precision, max_tokens, threads, executor,
-            device.c_str(),          batch_invariant, 0};
+    return {sizeof(fourmoe_options),
+            backend.c_str(),
+            precision,
+            max_tokens,
+            threads,
+            executor,
+            device.c_str(),
+            batch_invariant,
+            0,
+            tuning ? tuning->c_str() : nullptr};
   }
 };
 

@@ -12,7 +12,8 @@ Weight = Union[Array, Sequence[Array]]  # one array, or its splits along the exp
 
 def load(path: Union[str, "os.PathLike[str]"], layer: Union[int, None] = None, *, device: Any = "cpu",
          precision: str = "w4a16", max_tokens: int = 1024, plan: str = "auto", threads: int = 0,
-         batch_invariant: bool = False, shared: bool = True) -> _core.Layer:
+         batch_invariant: bool = False, tuning: Union[str, "os.PathLike[str]", None] = None,
+         shared: bool = True) -> _core.Layer:
     """Loads one MoE layer of a checkpoint.
 
     path: a folder with config.json, a .safetensors file beside its config.json, or a .gguf file.
@@ -24,6 +25,8 @@ def load(path: Union[str, "os.PathLike[str]"], layer: Union[int, None] = None, *
     threads: most threads that compute; 0: all.
     batch_invariant: no bit of a token's output depends on how many others the call has; costs the smallest calls on a
         GPU up to a fifth of their time, and nothing on a CPU, where it holds anyway.
+    tuning: on a GPU, the file of choices that `fourmoe tune` measured; None: the one that FOURMOE_TUNING or the user's
+        cache has; "": none. What is wrong in it is left out and said in `Layer.notes`.
     shared: compute the always-active experts too, where the layer has some; False: the routed ones alone.
 
     Raises ArgumentError (a ValueError) for files and arguments that are refused, naming the tensor and what would pass,
@@ -49,7 +52,7 @@ def pack(*, gate: Union[Weight, None] = None, up: Weight, down: Weight, top_k: i
          scale: float = 1.0, weight_on_input: bool = False, selection_bias: Union[Array, None] = None,
          router: Union[Array, None] = None, router_bias: Union[Array, None] = None, device: Any = "cpu",
          precision: str = "w4a16", max_tokens: int = 1024, plan: str = "auto", threads: int = 0,
-         batch_invariant: bool = False, name: str = "packed from tensors") -> _core.Layer:
+         batch_invariant: bool = False, tuning: Union[str, "os.PathLike[str]", None] = None, name: str = "packed from tensors") -> _core.Layer:
     """Makes a layer of weights in memory. The layer keeps the arrays alive and reads them; leave them unchanged.
 
     Shapes, with E local experts, hidden size H and intermediate size I; rows may be strided, their elements adjacent.
@@ -70,7 +73,8 @@ def pack(*, gate: Union[Weight, None] = None, up: Weight, down: Weight, top_k: i
     score ... selection_bias: how router logits become picks (see `route`); unused when a call brings its picks.
     router, router_bias: [experts, H] float32, float16 or bfloat16 and [experts] float32; then calls need neither picks
         nor logits.
-    device, precision, max_tokens, plan, threads, batch_invariant: as in `load`. name: how `explain` calls the layer.
+    device, precision, max_tokens, plan, threads, batch_invariant, tuning: as in `load`. name: how `explain` calls the
+        layer.
 
     Raises ArgumentError naming the argument (of a list, the split), what was expected and what was found.
     """

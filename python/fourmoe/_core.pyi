@@ -129,7 +129,7 @@ class Layer:
         """Memory of the packed weights; 0 where the backend reads the arrays or files themselves."""
     @property
     def notes(self) -> list[str]:
-        """Oddities of the checkpoint in words."""
+        """Oddities of the checkpoint, and of the file of measured choices, in words."""
     @property
     def handle(self) -> int:
         """A number that names the layer while it lives; see find_layer."""

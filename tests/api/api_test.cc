@@ -95,6 +95,7 @@ TEST(Api, ReportsWhatALayerIs) {
   const Constant weights;
   fourmoe::Options options;
   options.max_tokens = 7;
+  options.tuning = "no/such/file";
   const fourmoe_layer_info info = fourmoe::Layer::create(weights.desc, options).info();
   EXPECT_EQ(info.hidden, kHidden);
   EXPECT_EQ(info.local_experts, kExperts);

@@ -17,7 +17,7 @@ SOURCE = pathlib.Path(os.environ.get("FOURMOE_SOURCE", pathlib.Path(__file__).pa
 COMMAND = os.environ.get("FOURMOE_COMMAND", str(SOURCE / "build" / "fourmoe"))
 TINY = SOURCE / "examples" / "tiny-moe"
 FIXTURES = SOURCE / "tests" / "fixtures"
-COMMANDS = ("inspect", "run", "quantize", "verify", "explain", "bench", "support")
+COMMANDS = ("inspect", "run", "quantize", "verify", "explain", "bench", "tune", "support")
 HIDDEN, EXPERTS, TOP_K = 128, 32, 4
 
 sys.path.insert(0, str(SOURCE / "scripts"))
@@ -390,6 +390,7 @@ class Explain(Case):
         self.assertGreater(self.object_of("explain", "--shape", "dsv3")["workspace_bytes"], plan["workspace_bytes"])
         self.assertEqual(self.object_of("explain", "--shape", "64,32,4,2", "--backend", "reference")["plan"],
                          ["reference.whole"])
+        self.assertEqual([(size["tokens"], size["by"]) for size in plan["sizes"]], [(1, "rule")])  # one way on the host
 
     def test_a_device_that_is_not_there(self):
         plan = self.object_of("explain", "--shape", "dsv3")
@@ -433,6 +434,30 @@ class Bench(Case):
             for precision in ("w4a16", "w4a4"):
                 self.succeeds("bench", "--shape", shape, "--tokens", 2, "--seconds", 0, "--precision", precision)
         self.refuses(1, "shape_unsupported", "bench", "--shape", "65,32,4,2", "--tokens", 1)
+
+
+class Tune(Case):
+    def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(self):
+        self.refuses(2, "either PATH or --shape", "tune")
+        self.refuses(2, "--tokens: '0' is not a number", "tune", "--shape", "tiny", "--tokens", "1,0")
+        host = ("tune", "--shape", "tiny", "--tokens", 1, "--device", "host")
+        self.refuses(1, "no file to store choices in", *host, FOURMOE_TUNING="")
+        self.refuses(1, "the host's steps have one way", *host, "--output", self.scratch / "x.json")
+        self.refuses(1, "the host's steps have one way", *host, "--dry-run")
+        self.assertEqual(self.listing(), [])
+
+    def test_without_a_gpu_it_says_so(self):
+        machine = self.object_of("explain", "--shape", "tiny")["machine"]
+        if not machine["devices"]:
+            missing = "device_missing" if machine["cuda"] else "not_built"
+            self.refuses(1, missing, "tune", "--shape", "tiny", "--tokens", 1, "--dry-run")
+
+    def test_a_broken_file_of_choices_does_not_hurt(self):
+        path = self.scratch / "tuning.json"
+        path.write_text("{")
+        self.succeeds("explain", "--shape", "tiny", FOURMOE_TUNING=str(path))
+        self.succeeds("verify", TINY / "nvfp4", "--layer", 0, FOURMOE_TUNING=str(path))
+        self.assertEqual(path.read_text(), "{")
 
 
 class Support(Case):

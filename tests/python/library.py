@@ -19,7 +19,8 @@ class Tensor(ctypes.Structure):
 class Options(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t), ("backend", ctypes.c_char_p), ("precision", ctypes.c_int32),
                 ("max_tokens", ctypes.c_int32), ("threads", ctypes.c_int32), ("executor", ctypes.c_void_p),
-                ("device", ctypes.c_char_p), ("batch_invariant", ctypes.c_int32), ("unused", ctypes.c_int32)]
+                ("device", ctypes.c_char_p), ("batch_invariant", ctypes.c_int32), ("unused", ctypes.c_int32),
+                ("tuning", ctypes.c_char_p)]
 
 
 class Call(ctypes.Structure):

@@ -2,6 +2,7 @@
 """The Python package with numpy alone: results, contracts and refusals of load, pack, call, refit, and inspection."""
 import gc
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -365,6 +366,13 @@ class Checkpoints(unittest.TestCase):
         self.assertTrue(layer.has_router)
         with self.assertRaisesRegex(ValueError, "layer is not given; .* has MoE layers 0, 1, 2, 3"):
             fourmoe.load(TINY / "nvfp4")
+
+    def test_tuning_is_a_path(self):
+        path = TINY / "nvfp4"
+        for tuning in (None, "", "no/such/file", pathlib.Path("no/such/file")):
+            self.assertGreater(fourmoe.load(path, layer=0, tuning=tuning).hidden, 0)
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "tuning is 7, expected a path"):
+            fourmoe.load(path, layer=0, tuning=7)
 
     def test_explain_is_what_the_command_prints(self):
         path = str(TINY / "nvfp4")

@@ -32,7 +32,16 @@ i64 bytes(const Problem& problem, const Machine&) {
   return carve(problem, nullptr, &unused);
 }
 
-[[maybe_unused]] Gemm1 bind(const Args& args, const Scratch& scratch) {
+Load load_of(const Problem& problem, i64 tokens) {
+  const i32 rows = problem.activation.gated() ? 2 * problem.inter : problem.inter;
+  return {row_tiles(rows), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant};
+}
+
+std::vector<Variant> variants_of(const Problem& problem, const Machine& machine, i64 tokens) {
+  return variants(load_of(problem, tokens), form_of(problem), device_of(machine)->sms);
+}
+
+[[maybe_unused]] Gemm1 bind(const Args& args, const Scratch& scratch, i32 variant) {
   const Problem& problem = *args.problem;
   const weights::DeviceTable& table = *args.weights.device;
   Gemm1 call;
@@ -53,6 +62,7 @@ i64 bytes(const Problem& problem, const Machine&) {
   call.expected_slots = i64{args.tokens} * problem.top_k;
   call.split = !problem.batch_invariant;
   call.activation = problem.activation;
+  call.tile = variant;
   return call;
 }
 
@@ -76,7 +86,7 @@ Status run(const Bound& bound) {
     const Args& args = *bound.args;
     Scratch scratch;
     carve(*args.problem, bound.scratch, &scratch);
-    Status status = launch(bind(args, scratch), device_of(*args.machine)->sms, args.stream);
+    Status status = launch(bind(args, scratch, bound.variant), device_of(*args.machine)->sms, args.stream);
     return status.ok() && scratch.wide != nullptr ? quantise(args, scratch) : status;
   }
 }
@@ -84,7 +94,8 @@ Status run(const Bound& bound) {
 }  // namespace
 
 extern const Step kGemm1;
-const Step kGemm1 = {"sm90",        "gemm1",  {Stage::gemm1, Stage::gemm1}, can, bytes, run, describe, nullptr,
-                     Place::device, &kPacking};
+const Step kGemm1 = {
+    "sm90",      "gemm1",  {Stage::gemm1, Stage::gemm1}, can, bytes, run, describe, nullptr, Place::device, &kPacking,
+    variants_of, kRevision};
 
 }  // namespace fourmoe::sm90

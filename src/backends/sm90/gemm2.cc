@@ -7,6 +7,11 @@
 namespace fourmoe::sm90 {
 namespace {
 
+std::vector<Variant> variants_of(const Problem& problem, const Machine& machine, i64 tokens) {
+  const Load load{row_tiles(problem.hidden), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant};
+  return variants(load, form_of(problem), device_of(machine)->sms);
+}
+
 Status run(const Bound& bound) {
   if constexpr (!gpu::kBuilt) return gpu::check_launch("sm90 gemm2");
   else {
@@ -28,6 +33,7 @@ Status run(const Bound& bound) {
     call.max_slots = i64{problem.max_tokens} * problem.top_k;
     call.expected_slots = i64{args.tokens} * problem.top_k;
     call.split = !problem.batch_invariant;
+    call.tile = bound.variant;
     call.follows_gemm1 = true;  // or, in w4a4, what quantises its result and reads the same expert_begin
     return launch(call, device_of(*args.machine)->sms, args.stream);
   }
@@ -45,6 +51,8 @@ const Step kGemm2 = {"sm90",
                      describe,
                      nullptr,
                      Place::device,
-                     &kPacking};
+                     &kPacking,
+                     variants_of,
+                     kRevision};
 
 }  // namespace fourmoe::sm90

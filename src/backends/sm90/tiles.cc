@@ -130,6 +130,48 @@ int choose(const Form& form) {
   return -1;
 }
 
+std::string name_of(const TileShape& shape) {
+  std::string name = fmt::format("{}x{}x{}{}:", shape.groups, shape.rows, shape.stages, shape.split ? "s" : "");
+  for (int i = 0; i < static_cast<int>(std::size(shape.sizes)) && shape.sizes[i] > 0; ++i) {
+    name += fmt::format("{}{}", i == 0 ? "" : ",", shape.sizes[i]);
+  }
+  if (shape.feed != TileShape{}.feed) name += fmt::format("+f{}", shape.feed);
+  if (shape.form.dense) name += "+dense";
+  if (shape.form.planes != 1) name += fmt::format("+p{}", shape.form.planes);
+  return name;
+}
+
+namespace {
+
+// Neither far too narrow nor far too wide for the slots that an expert has.
+bool fits(const TileShape& shape, f64 mean) {
+  return shape.sizes[0] >= std::min(mean / 2, 128.0) && shape.sizes[0] <= 16 * mean + 24;
+}
+
+// Shapes `first` to `end` of the form, the rule's first.
+std::vector<Variant> list_variants(int rule, int first, int end, const Load& load, const Form& form) {
+  const f64 mean = static_cast<f64>(load.slots) / std::max(expected_hits(load), 1.0);
+  std::vector<Variant> found = {{name_of(kTileShapes[rule]), rule}};
+  for (int tile = first; tile < end; ++tile) {
+    const TileShape& shape = kTileShapes[tile];
+    if (tile == rule || !(shape.form == form) || (shape.split && !load.split)) continue;
+    if (form == Form{} && !fits(shape, mean)) continue;
+    found.push_back({name_of(shape), tile});
+  }
+  return found;
+}
+
+}  // namespace
+
+std::vector<Variant> variants(const Load& load, const Form& form, i32 multiprocessors) {
+  const int rule = form == Form{} ? choose(load, multiprocessors) : choose(form);
+  return list_variants(rule, 0, kTileShapeCount, load, form);
+}
+
+std::vector<Variant> whole_variants(const Load& load, i32 multiprocessors) {
+  return list_variants(choose_whole(load, multiprocessors), kWholeTile, kAllTileShapes, load, {});
+}
+
 Form form_of(const Problem& problem) {
   const bool two = problem.precision == Precision::w4a16 && problem.activations == format::Dtype::f16;
   return {!format::is_fp4(problem.encoding), two ? 2 : 1};

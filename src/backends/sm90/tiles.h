@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string>
+#include <vector>
 
 #include "flow.h"
 #include "weights/device_packed.h"
@@ -63,6 +65,9 @@ struct TileShape {
   i32 handed = 0;  // tiles whose sums may wait for an epilogue in a warpgroup of its own; 0: it is the consumers' own
 };
 
+// Of the kernels' speed, see Step::revision: raise it when tiles or roles change.
+inline constexpr i32 kRevision = 1;
+
 // The shapes that are built; choose() and the benchmark name them by index.
 inline constexpr TileShape kTileShapes[] = {
     {4, 1, 7, true, {8}},
@@ -84,6 +89,7 @@ inline constexpr int kSplitTile = 0;
 inline constexpr int kNarrowTile = 1;
 inline constexpr int kTileShapeCount = 10;          // for one GEMM
 inline constexpr int kWholeTile = kTileShapeCount;  // the first of those for a layer
+inline constexpr int kAllTileShapes = static_cast<int>(std::size(kTileShapes));
 
 // What a launch has to do.
 struct Load {
@@ -101,6 +107,14 @@ int choose_whole(const Load& load, i32 multiprocessors);
 
 // The shape for a form that has one, -1 for the usual form.
 int choose(const Form& form);
+
+// groups x rows x stages, "s" where K is split, and the sizes: "4x1x8:24,16,8". Then what differs from the usual feed
+// and form: "+f2", "+dense", "+p2".
+std::string name_of(const TileShape& shape);
+
+// Shapes for one GEMM, or for a layer in one launch, that fit the load: the one that the rule takes first.
+std::vector<Variant> variants(const Load& load, const Form& form, i32 multiprocessors);
+std::vector<Variant> whole_variants(const Load& load, i32 multiprocessors);
 
 Form form_of(const Problem& problem);
 

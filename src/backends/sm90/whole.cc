@@ -53,8 +53,13 @@ i64 bytes(const Problem& problem, const Machine&) {
   return carve(problem, nullptr, &unused);
 }
 
-[[maybe_unused]] Whole bind(const Args& args, std::byte* scratch) {
+std::vector<Variant> variants_of(const Problem& problem, const Machine& machine, i64 tokens) {
+  return whole_variants(load_of(problem, tokens), device_of(machine)->sms);
+}
+
+[[maybe_unused]] Whole bind(const Args& args, std::byte* scratch, i32 variant) {
   Whole call;
+  call.tile = variant;
   carve(*args.problem, scratch, &call.work);
   call.slots.problem = *args.problem;
   call.slots.tokens = args.tokens;
@@ -76,15 +81,23 @@ i64 bytes(const Problem& problem, const Machine&) {
 
 Status run(const Bound& bound) {
   if constexpr (!gpu::kBuilt) return gpu::check_launch("sm90 whole");
-  else return launch(bind(*bound.args, bound.scratch), device_of(*bound.args->machine)->sms, bound.args->stream);
+  else
+    return launch(bind(*bound.args, bound.scratch, bound.variant), device_of(*bound.args->machine)->sms,
+                  bound.args->stream);
 }
 
 }  // namespace
 
+Load load_of(const Problem& problem, i64 tokens) {
+  return {row_tiles(problem.hidden), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant};
+}
+
 i32 most_hits(const Problem& problem) { return std::min(problem.local_experts, kFewTokens * problem.top_k); }
 
 extern const Step kWhole;
-const Step kWhole = {"sm90",        "whole",  {Stage::route, Stage::combine}, can_whole, bytes, run, describe, nullptr,
-                     Place::device, &kPacking};
+const Step kWhole = {"sm90",    "whole",     {Stage::route, Stage::combine},
+                     can_whole, bytes,       run,
+                     describe,  nullptr,     Place::device,
+                     &kPacking, variants_of, kRevision};
 
 }  // namespace fourmoe::sm90

@@ -127,9 +127,7 @@ Status launch(const Whole& call, i32 multiprocessors, void* stream) {
   if (status.ok()) status = launch_find(call, stream);
   if (!status.ok()) return status;
   const Problem& problem = call.slots.problem;
-  const i64 slots = i64{call.slots.tokens} * problem.top_k;
-  const Load load{row_tiles(problem.hidden), problem.local_experts, slots, !problem.batch_invariant};
-  const int tile = choose_whole(load, multiprocessors);
+  const int tile = call.tile >= 0 ? call.tile : choose_whole(load_of(problem, call.slots.tokens), multiprocessors);
   if (tile == kWholeTile) return launch_layer<kWholeTile>(call, multiprocessors, stream);
   if (tile == kWholeTile + 1) return launch_layer<kWholeTile + 1>(call, multiprocessors, stream);
   return launch_layer<kWholeTile + 2>(call, multiprocessors, stream);

@@ -7,6 +7,7 @@
 // the last hit of 64 output columns adds them up, in the order of picks.
 #pragma once
 
+#include "backends/sm90/tiles.h"
 #include "combine/device.h"
 #include "route/device.h"
 #include "weights/expert_table.h"
@@ -37,6 +38,7 @@ struct Work {
 };
 
 i32 most_hits(const Problem& problem);
+Load load_of(const Problem& problem, i64 tokens);  // of gemm2: chooses the tile
 
 struct Whole {
   route::DeviceSlots slots;  // out.pick_slot: rows of z
@@ -44,6 +46,7 @@ struct Whole {
   const weights::DeviceTable* table = nullptr;
   Work work;
   combine::DeviceSum sum;  // rows and pick_slot as above
+  i32 tile = -1;           // of kTileShapes; -1: chosen
 };
 
 // Enqueues; does not wait. multiprocessors: of the device.
