@@ -48,14 +48,14 @@ Format format_of(Element element) {
   }
 }
 
-// The exchange API of an object's type, or null. Each thread remembers the last type that it asked.
-const exchange::Api* api_of(nb::handle object) {
+// The exchange API of a type, or null. Each thread remembers the last type that it asked.
+const exchange::Api* api_of_type(nb::handle asked) {
   thread_local PyObject* last_type = nullptr;
   thread_local const exchange::Api* last_api = nullptr;
-  PyObject* type = object.type().ptr();
+  PyObject* type = asked.ptr();
   if (type == last_type) return last_api;
   const exchange::Api* api = nullptr;
-  if (const nb::object capsule = nb::getattr(object.type(), "__dlpack_c_exchange_api__", nb::object());
+  if (const nb::object capsule = nb::getattr(asked, "__dlpack_c_exchange_api__", nb::object());
       capsule.is_valid() && PyCapsule_IsValid(capsule.ptr(), exchange::kCapsule)) {
     api = static_cast<const exchange::Api*>(PyCapsule_GetPointer(capsule.ptr(), exchange::kCapsule));
     if (api->header.version.major != 1 || api->borrow == nullptr) api = nullptr;
@@ -66,6 +66,8 @@ const exchange::Api* api_of(nb::handle object) {
   last_api = api;
   return api;
 }
+
+const exchange::Api* api_of(nb::handle object) { return api_of_type(object.type()); }
 
 void set_device(const char* name, i32 type, i32 index, Array* out) {
   switch (type) {
@@ -134,12 +136,14 @@ std::optional<Element> element_of_extension(nb::handle object) {
   return std::nullopt;
 }
 
-bool is_from(nb::handle object, std::string_view module) {
-  const nb::object name = nb::getattr(object.type(), "__module__", nb::none());
+bool is_type_of(nb::handle type, std::string_view module) {
+  const nb::object name = nb::getattr(type, "__module__", nb::none());
   if (!nb::isinstance<nb::str>(name)) return false;
   const std::string_view words = nb::cast<nb::str>(name).c_str();
   return words == module || (words.starts_with(module) && words[module.size()] == '.');
 }
+
+bool is_from(nb::handle object, std::string_view module) { return is_type_of(object.type(), module); }
 
 template <class Import>
 std::optional<Array> import_any(const char* name, nb::handle object) {
@@ -302,12 +306,24 @@ i32 parse_device(const std::string& words) {
 
 std::string device_words(i32 device) { return device < 0 ? "cpu" : fmt::format("cuda:{}", device); }
 
-void* stream_of(nb::handle stream, nb::handle like, i32 device) {
+namespace {
+
+// The current stream of the framework that an array type is of.
+nb::object current_stream(nb::handle type, i32 device) {
+  if (is_type_of(type, "torch")) return nb::module_::import_("torch").attr("cuda").attr("current_stream")(device);
+  if (is_type_of(type, "cupy")) return nb::module_::import_("cupy").attr("cuda").attr("get_current_stream")(device);
+  return nb::int_(0);
+}
+
+}  // namespace
+
+void* stream_of(nb::handle stream, nb::handle type, i32 device) {
   if (device < 0) return nullptr;
   if (stream.is_none()) {
-    const exchange::Api* api = api_of(like);
+    if (type.is_none()) return nullptr;
+    const exchange::Api* api = api_of_type(type);
+    if (api == nullptr || api->current_stream == nullptr) return stream_of(current_stream(type, device), type, device);
     void* current = nullptr;
-    if (api == nullptr || api->current_stream == nullptr) return nullptr;
     if (api->current_stream(exchange::kCuda, device, &current) != 0) nb::raise_python_error();
     return current;
   }

@@ -60,7 +60,8 @@ i32 parse_device(const std::string& words);
 std::string device_words(i32 device);
 
 // The stream of a call: `stream` as an integer, or an object with `cuda_stream`, `ptr` or `__cuda_stream__`; where it
-// is None, the current stream of the framework of `like`. Null for the host and for the default stream.
-void* stream_of(nb::handle stream, nb::handle like, i32 device);
+// is None, the calling thread's current stream of the framework whose arrays are of `type` (torch, cupy; none: the
+// default stream). Null for the host and for the default stream.
+void* stream_of(nb::handle stream, nb::handle type, i32 device);
 
 }  // namespace fourmoe::python

@@ -165,7 +165,8 @@ nb::object PyLayer::call(const CallArguments& arguments) {
   check_apart("topk_ids", call.ids, call.output);
   check_apart("topk_weights", call.weights, call.output);
   check_apart("router_logits", call.logits, call.output);
-  call.stream = stream_of(arguments.stream, arguments.hidden_states, choices_.device);
+  call.stream = stream_of(arguments.stream, arguments.hidden_states.type(), choices_.device);
+  if (!framework_.is(arguments.hidden_states.type())) framework_ = nb::borrow(arguments.hidden_states.type());
   Layer& layer = choose(arguments.precision, arguments.plan);
   const Workspace workspace = workspace_of(arguments.workspace, choices_.device, layer.workspace_bytes());
   Status status;
@@ -203,7 +204,7 @@ i64 PyLayer::workspace_bytes(i64 tokens, const std::optional<std::string>& preci
 }
 
 void PyLayer::wait(nb::handle stream) {
-  void* address = stream_of(stream, nb::none(), choices_.device);
+  void* address = stream_of(stream, framework_, choices_.device);
   Status status;
   {
     const nb::gil_scoped_release unlocked;

@@ -123,20 +123,35 @@ def load(folder, implementation, **options):
 
 
 def bits_per_byte(model):
-    windows = CAPTURE["tokens"].long()
+    windows = CAPTURE["tokens"].long().to(model.device)
     nats = [torch.nn.functional.cross_entropy(model(window[None, :-1], use_cache=False).logits[0], window[1:])
             for window in windows]
     return float(sum(nats)) / len(windows) / math.log(2)
 
 
+def expected_bits(name):
+    with open(TINY / "capture.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return float(header["__metadata__"][f"bits_per_byte.{name}"])
+
+
+def check_bits(test, model, name, tolerance):
+    bits, expected = bits_per_byte(model), expected_bits(name)
+    print(f"bits per byte through transformers on {model.device}, {name}: {bits:.4f} (torch {expected:.4f})", file=sys.stderr)
+    test.assertAlmostEqual(bits, expected, delta=tolerance)
+
+
+def check_text(test, model, prompt, what):
+    output = model.generate(torch.tensor([list(prompt)], device=model.device), max_new_tokens=60, do_sample=False)
+    text = bytes(output[0].tolist())
+    print(f"{what}: {text.decode('ascii', 'replace')!r}", file=sys.stderr)
+    test.assertTrue(text.startswith(prompt + b"priest"))
+    test.assertGreater(len(text[len(prompt):].split()[:-1]), 8)
+
+
 class TinyModel(unittest.TestCase):
     def measure(self, folder, implementation, name, tolerance):
-        bits = bits_per_byte(load(folder, implementation, dtype=torch.float32))
-        with open(TINY / "capture.safetensors", "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        expected = float(header["__metadata__"][f"bits_per_byte.{name}"])
-        print(f"bits per byte through transformers, {name}: {bits:.4f} (torch {expected:.4f})", file=sys.stderr)
-        self.assertAlmostEqual(bits, expected, delta=tolerance)
+        check_bits(self, load(folder, implementation, dtype=torch.float32), name, tolerance)
 
     # Bounds as in quality_test.py.
     def test_bits_per_byte_bf16(self):
@@ -151,12 +166,7 @@ class TinyModel(unittest.TestCase):
     def test_generates_text(self):
         prompt = b"And the priest said unto the "
         for folder, implementation in (("bf16", "fourmoe"), ("nvfp4", "fourmoe"), ("nvfp4", "fourmoe_w4a4")):
-            output = load(folder, implementation).generate(torch.tensor([list(prompt)]), max_new_tokens=60, do_sample=False)
-            text = bytes(output[0].tolist())
-            print(f"{folder}, {implementation}: {text.decode('ascii', 'replace')!r}", file=sys.stderr)
-            self.assertTrue(text.startswith(prompt + b"priest"))
-            words = text[len(prompt):].split()[:-1]
-            self.assertGreater(len(words), 8)
+            check_text(self, load(folder, implementation), prompt, f"{folder}, {implementation}")
 
     def test_the_same_text_as_transformers_own_experts(self):
         prompt = torch.tensor([list(b"In the beginning ")])
@@ -170,18 +180,6 @@ class TinyModel(unittest.TestCase):
         layer = face.layer_of(experts_of(model)[0], "w4a16", 4, model.device)
         self.assertEqual(layer.encoding, "nvfp4")
         self.assertLess(layer.packed_bytes, 32 * 3 * 128 * 64 * 0.65)
-
-    def test_on_a_gpu(self):
-        if not torch.cuda.is_available():
-            self.skipTest("no GPU here")
-        model = load("nvfp4", "fourmoe", dtype=torch.bfloat16)
-        tokens = CAPTURE["tokens"][0, :64].long()[None]
-        host = model(tokens).logits.float()
-        try:
-            device = model.cuda()(tokens.cuda()).logits.float().cpu()
-        except fourmoe.UnavailableError as error:
-            self.skipTest(str(error))
-        self.assertLess(relative_l2(device, host), 5e-2)  # attention in bf16 is torch's own on each
 
     def test_other_implementations_are_refused(self):
         with self.assertRaisesRegex(ValueError, "experts_implementation is 'eager', but .* expected one of fourmoe, fourmoe"):
@@ -202,6 +200,70 @@ class TinyModel(unittest.TestCase):
             self.assertEqual(weight.dtype, torch.bfloat16)
             torch.testing.assert_close(weight, fourmoe.decode(codes, scales, scale_2).bfloat16(), rtol=0, atol=0)
             self.assertLess(relative_l2(weight.float(), dense.float()), 0.12)
+
+
+class OnAGpu(unittest.TestCase):
+    def setUp(self):
+        if not torch.cuda.is_available():
+            self.skipTest("no GPU here")
+        try:
+            fourmoe.load(TINY / "nvfp4", layer=0, device="cuda")
+        except fourmoe.UnavailableError as error:
+            self.skipTest(str(error))
+
+    def test_families(self):
+        for family in FAMILIES:
+            host, device = make_model(family, torch.bfloat16), make_model(family, torch.bfloat16).cuda()
+            host.float().set_experts_implementation("eager")
+            device.set_experts_implementation("fourmoe")
+            torch.manual_seed(1)
+            x, ids, weights = torch.randn(33, 64).bfloat16(), torch.rand(33, 8).topk(3).indices, torch.rand(33, 3)
+            expected = experts_of(host)[0](x.float(), ids, weights)
+            found = experts_of(device)[0](x.cuda(), ids.cuda(), weights.cuda())
+            self.assertEqual((found.dtype, found.device.type), (torch.bfloat16, "cuda"))
+            self.assertLess(relative_l2(found.float().cpu(), expected), 5e-3, family)  # two roundings to bf16
+
+    def test_whole_models(self):
+        for family in FAMILIES:
+            model = make_model(family, torch.bfloat16).cuda()
+            tokens = torch.randint(0, 96, (2, 11), device="cuda")
+            model.set_experts_implementation("eager")
+            expected = model(tokens).logits
+            model.set_experts_implementation("fourmoe")
+            found = model(tokens).logits
+            # As on a CPU: a token near a tie of its router takes another expert.
+            close = ((found - expected).float().norm(dim=-1) < 0.1 * expected.float().norm(dim=-1)).float().mean()
+            self.assertGreater(float(close), 0.8, family)
+
+    def test_compile_without_graph_breaks(self):
+        model = make_model("qwen3_moe", torch.bfloat16).cuda()
+        model.set_experts_implementation("fourmoe")
+        face.prepare(model)
+        module = experts_of(model)[0]
+        call = (torch.randn(5, 64, device="cuda").bfloat16(), torch.rand(5, 8, device="cuda").topk(3).indices,
+                torch.rand(5, 3, device="cuda"))
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(module, fullgraph=True)(*call), module(*call), rtol=0, atol=0)
+
+    # As on a CPU: attention in f32, bounds as in quality_test.py. Experts of the bf16 model are bf16, which is exact.
+    def test_bits_per_byte(self):
+        for folder, implementation, name, tolerance in (("bf16", "fourmoe", "bf16", 5e-4), ("nvfp4", "fourmoe", "w4a16", 5e-4),
+                                                        ("nvfp4", "fourmoe_w4a4", "w4a4", 3e-3)):
+            model = load(folder, implementation, dtype=torch.float32).cuda()
+            for module in experts_of(model):
+                module.bfloat16()
+            check_bits(self, model, name, tolerance)
+
+    def test_generates_text(self):
+        for folder, implementation in (("bf16", "fourmoe"), ("nvfp4", "fourmoe"), ("nvfp4", "fourmoe_w4a4")):
+            model = load(folder, implementation, device_map="cuda")
+            check_text(self, model, b"And the priest said unto the ", f"{folder}, {implementation}, on a GPU")
+
+    def test_experts_of_f32_are_refused(self):
+        model = make_model("qwen3_moe").cuda()
+        model.set_experts_implementation("fourmoe")
+        with self.assertRaisesRegex(fourmoe.Error, "weights are f32; nvfp4, mxfp4 or bf16 would pass"):
+            model(torch.zeros(1, 4, dtype=torch.long, device="cuda"))
 
 
 if __name__ == "__main__":
