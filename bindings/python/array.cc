@@ -3,11 +3,14 @@
 #include <fmt/format.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <charconv>
+#include <memory>
 #include <optional>
 #include <string_view>
 
 #include "bindings/python/exchange.h"
+#include "gpu/runtime.h"
 #include "status.h"
 
 namespace fourmoe::python {
@@ -271,8 +274,31 @@ weights::Splits splits(const char* name, nb::handle object, std::vector<nb::obje
   return weights::Splits(name, std::move(list));
 }
 
-nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element element) {
+namespace {
+
+// Memory of a GPU that any framework can import.
+nb::object device_memory(const std::vector<i64>& shape, Element element, i32 device) {
+  const gpu::Current current(device);
+  throw_unless_ok(current.status());
+  const Format format = format_of(element);
+  i64 bytes = format.bits / 8;
+  for (const i64 extent : shape) bytes *= extent;
+  auto buffer = std::make_unique<gpu::Buffer>();
+  throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, std::max<i64>(bytes, 1), "the output", buffer.get()));
+  void* data = buffer->data();
+  const nb::capsule owner(buffer.release(), [](void* p) noexcept { delete static_cast<gpu::Buffer*>(p); });
+  const std::vector<std::size_t> extents(shape.begin(), shape.end());
+  return nb::cast(nb::ndarray<nb::array_api>(data, extents.size(), extents.data(), owner, nullptr,
+                                             {format.code, format.bits, 1}, nb::device::cuda::value, device));
+}
+
+}  // namespace
+
+bool is_immutable(nb::handle like) { return is_from(like, "jax") || is_from(like, "jaxlib"); }
+
+nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element element, i32 device) {
   if (const exchange::Api* api = api_of(like)) return allocate(*api, like, shape, element);
+  if (device >= 0 && is_immutable(like)) return device_memory(shape, element, device);
   const Format format = format_of(element);
   nb::list extents;
   for (const i64 extent : shape) extents.append(extent);
@@ -289,8 +315,9 @@ nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element el
   return numpy.attr("empty")(nb::tuple(extents), dtype);
 }
 
-nb::object back_to(nb::handle like, nb::object made) {
-  if (!is_from(like, "jax") && !is_from(like, "jaxlib")) return made;
+nb::object back_to(nb::handle like, nb::object made, i32 device) {
+  if (!is_immutable(like)) return made;
+  if (device >= 0) return nb::module_::import_("jax.dlpack").attr("from_dlpack")(made);
   return nb::module_::import_("jax.numpy").attr("asarray")(made);
 }
 

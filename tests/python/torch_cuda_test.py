@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Layers on a GPU with torch's CUDA tensors: results, streams, memory, graphs, compilation, refits, refusals, threads."""
+import os
 import sys
 import threading
 import unittest
@@ -472,6 +473,24 @@ class OtherFrameworks(unittest.TestCase):
             self.assertIsInstance(found, cupy.ndarray)
             stream.synchronize()
             np.testing.assert_array_equal(cupy.asnumpy(found), expected)
+
+    def test_arrays_of_jax(self):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or it takes most of the GPU's memory
+        try:
+            import jax
+        except ImportError:
+            self.skipTest("no jax here")
+        if jax.default_backend() != "gpu":
+            self.skipTest("jax has no GPU here")
+        layer = pack()
+        arrays = PACKED.tokens(9)
+        for dtype, like in ((np.float32, torch.float32), (jax.numpy.bfloat16, torch.bfloat16)):
+            x, ids, weights = (torch.from_numpy(array).cuda() for array in arrays)
+            expected = layer(x.to(like), ids, weights).float().cpu().numpy()
+            found = layer(jax.numpy.asarray(arrays[0], dtype), *map(jax.numpy.asarray, arrays[1:]))
+            self.assertIsInstance(found, jax.Array)
+            self.assertEqual((found.dtype, found.devices()), (dtype, {jax.devices()[0]}))
+            np.testing.assert_array_equal(np.asarray(found, np.float32), expected)
 
 
 if __name__ == "__main__":
