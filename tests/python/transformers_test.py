@@ -100,6 +100,16 @@ class Families(unittest.TestCase):
         face.forget(model)  # the parameters were changed
         self.assertGreater(relative_l2(module(x, ids, weights), expected), 0.1)
 
+    def test_mxfp4_of_gpt_oss_stays_in_4_bits(self):
+        check_mxfp4(self, "cpu")
+
+    def test_mxfp4_is_transformers_own_for_other_implementations(self):
+        with tempfile.TemporaryDirectory() as folder:
+            dense = save_mxfp4(folder)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager",
+                                                                      dtype=torch.bfloat16)
+            self.assertTrue(torch.equal(experts_of(model)[0].down_proj, experts_of(dense)[0].down_proj))
+
     def test_unknown_activations_are_refused(self):
         model = make_model("mixtral")
         module = experts_of(model)[0]
@@ -115,6 +125,46 @@ class Families(unittest.TestCase):
         x, ids, weights = torch.randn(5, 64), torch.rand(5, 8).topk(3).indices, torch.rand(5, 3)
         compiled = torch.compile(module, fullgraph=True)
         torch.testing.assert_close(compiled(x, ids, weights), module(x, ids, weights), rtol=0, atol=0)
+
+
+def save_mxfp4(folder):
+    """A gpt-oss checkpoint as OpenAI stores it, experts of random MXFP4; returns the model with the same values in bf16."""
+    model = make_model("gpt_oss", torch.bfloat16)
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if not face.is_experts(module):
+            continue
+        for projection in ("gate_up_proj", "down_proj"):
+            experts, inputs, outputs = state[f"{name}.{projection}"].shape
+            codes = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(121, 125, (experts, outputs, inputs // 32), dtype=torch.uint8)
+            values = fourmoe.decode(codes.flatten(2), scales)
+            getattr(module, projection).copy_(values.transpose(1, 2))
+            state.pop(f"{name}.{projection}")
+            state |= {f"{name}.{projection}_blocks": codes, f"{name}.{projection}_scales": scales}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, pathlib.Path(folder) / "model.safetensors",
+              {"format": "pt"})
+    config = {**model.config.to_dict(), "quantization_config": {"quant_method": "mxfp4"}}
+    del config["moe_intermediate_size"]  # of the other families
+    (pathlib.Path(folder) / "config.json").write_text(json.dumps(config, default=str))
+    return model
+
+
+def check_mxfp4(test, device, precision="fourmoe"):
+    with tempfile.TemporaryDirectory() as folder:
+        dense = save_mxfp4(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation=precision).eval().to(device)
+        tokens = torch.randint(0, 96, (1, 7), device=device)
+        test.assertEqual(model(tokens).logits.device.type, device)
+        modules = experts_of(model)
+        test.assertEqual([name for module in modules for name, _ in module.named_parameters()], [])
+        for module, own in zip(modules, experts_of(dense.float())):
+            test.assertEqual([layer.encoding for layer in module._fourmoe_layers.values()],
+                             ["mxfp4"] * len(module._fourmoe_layers))
+            x, ids, weights = torch.randn(9, 64).bfloat16(), torch.rand(9, 8).topk(3).indices, torch.rand(9, 3)
+            expected = own(x.float(), ids, weights)
+            found = module(x.to(device), ids.to(device), weights.to(device))
+            test.assertLess(relative_l2(found.float().cpu(), expected), 5e-3)  # two roundings to bf16
 
 
 def load(folder, implementation, **options):
@@ -184,6 +234,10 @@ class TinyModel(unittest.TestCase):
     def test_other_implementations_are_refused(self):
         with self.assertRaisesRegex(ValueError, "experts_implementation is 'eager', but .* expected one of fourmoe, fourmoe"):
             load("nvfp4", "eager")
+
+    def test_conversions_come_with_the_model_or_without_it(self):
+        quantizer = face.ModelOptQuantizer(face.ModelOptConfig(quant_algo="NVFP4"))
+        self.assertEqual((quantizer.update_weight_conversions([]), quantizer.update_weight_conversions([], None)), ([], []))
 
     def test_quantised_attention_is_decoded(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -258,6 +312,9 @@ class OnAGpu(unittest.TestCase):
         for folder, implementation in (("bf16", "fourmoe"), ("nvfp4", "fourmoe"), ("nvfp4", "fourmoe_w4a4")):
             model = load(folder, implementation, device_map="cuda")
             check_text(self, model, b"And the priest said unto the ", f"{folder}, {implementation}, on a GPU")
+
+    def test_mxfp4_of_gpt_oss(self):
+        check_mxfp4(self, "cuda")
 
     def test_experts_of_f32_are_refused(self):
         model = make_model("qwen3_moe").cuda()
