@@ -25,7 +25,7 @@ struct fourmoe_layer {
 namespace {
 
 static_assert(FOURMOE_F32 == static_cast<int>(format::Dtype::f32));
-static_assert(FOURMOE_I64 == static_cast<int>(format::Dtype::i64));
+static_assert(FOURMOE_U8 == static_cast<int>(format::Dtype::u8));
 static_assert(FOURMOE_WEIGHTS_FP8 == static_cast<int>(format::Encoding::fp8));
 static_assert(FOURMOE_W4A4 == static_cast<int>(Precision::w4a4));
 static_assert(FOURMOE_RELU2 == static_cast<int>(ActivationKind::relu2));
@@ -206,7 +206,7 @@ format::Tensor convert(const char* name, const fourmoe_tensor& given) {
   }
   require(given.rows >= 0 && given.cols >= 0,
           fmt::format("{} is [{}, {}], expected sizes of at least 0", name, given.rows, given.cols));
-  return {given.data, checked(name, given.dtype, format::Dtype::i64), given.rows, given.cols, given.stride};
+  return {given.data, checked(name, given.dtype, format::Dtype::u8), given.rows, given.cols, given.stride};
 }
 
 void finish(checkpoint::Layer weights, const LayerOptions& options, std::unique_ptr<Executor> host,
@@ -309,6 +309,7 @@ fourmoe_status fourmoe_layer_run(fourmoe_layer* layer, const fourmoe_call* call,
     check_size("call", call);
     LayerCall converted;
     converted.hidden = convert("hidden_states", call->hidden_states);
+    converted.hidden_scales = convert("hidden_scales", call->hidden_scales);
     converted.logits = convert("router_logits", call->router_logits);
     converted.ids = convert("topk_ids", call->topk_ids);
     converted.weights = convert("topk_weights", call->topk_weights);

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the library for GPUs, checks it, runs the standard benchmarks and leaves records: for a machine with a Hopper
-# GPU, nvcc, the packages of scripts/install_deps.sh and a python3 with torch. Under 10 minutes. CMAKE_PREFIX_PATH in the
-# environment finds packages in other places.
+# GPU, nvcc, the packages of scripts/install_deps.sh and a python3 with torch. Some 10 minutes, the Python package's part
+# two of them. CMAKE_PREFIX_PATH in the environment finds packages in other places.
 # Usage: gpu_check.sh FOLDER      (records to copy into bench/results, plots to copy into docs/plots)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ echo "== tests"
 "$build/tests/fourmoe_gpu_api_tests" --gtest_brief=1
 # Of the GEMMs, of whole layers, and of route and combine.
 few='*Small*:*Refuse*:*Zero*:*EveryPrecision.Shared*:*EveryPrecision.Duplicate*:*EveryPrecision.Refit*'
-few+=':*EveryType*:*LogitsAre*:*Ties*'
+few+=':*EveryType*:*LogitsAre*:*Ties*:QuantisedTokens.*:*ComeQuantised*'
 # racecheck sees shared memory alone: the GEMMs, picks and slots (few, many, given), logits.
 shared='*Gemms.Small*:DeviceRoute.SmallCalls:DeviceRoute.*OfEveryType:DeviceRows.LogitsAre*'
 for tool in memcheck synccheck initcheck racecheck; do
@@ -39,7 +39,8 @@ echo "== the Python package"
 if [ -f "$build/python/cmake_install.cmake" ]; then  # configured where python3 has nanobind
   cmake --build "$build" --target fourmoe_package > "$build/log" 2>&1 || { grep -A 20 FAILED "$build/log" >&2; exit 1; }
   export PYTHONPATH=$build/python
-  for name in python_package python_torch flashinfer transformers; do
+  export FOURMOE_BUILD=$build FOURMOE_SOURCE=$PWD
+  for name in python_package python_torch torch_cuda flashinfer transformers docs; do
     FOURMOE_COMMAND="$build/fourmoe" python3 "tests/python/${name}_test.py" 2> "$build/log" || { cat "$build/log" >&2; exit 1; }
     echo "$name: $(tail -n 1 "$build/log")"
   done

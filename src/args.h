@@ -23,7 +23,7 @@ struct Args {
   i32 tokens = 0;         // rows in use, <= problem->max_tokens
   format::Tensor hidden;  // [tokens, hidden] bf16|f16|f32; caller's
 
-  // w4a4 on the host: tokens that the caller quantised. hidden is then [tokens, hidden/2] u8, E2M1 pairs, low nibble
+  // w4a4: tokens that the caller quantised. hidden is then [tokens, hidden/2] u8, E2M1 pairs, low nibble
   // first, and these are their scales [tokens, hidden/16] u8, E4M3; a value is code * scale * the expert's input_scale.
   // Empty: the plan quantises.
   format::Tensor hidden_scales;

@@ -28,7 +28,7 @@ struct LayerOptions {
 // pointers are to memory of the layer's device.
 struct LayerCall {
   format::Tensor hidden;          // [T, hidden] bf16|f16|f32; with hidden_scales: [T, hidden/2] u8, E2M1 pairs
-  format::Tensor hidden_scales;   // [T, hidden/16] u8, E4M3 of tokens quantised before (w4a4, host), or empty
+  format::Tensor hidden_scales;   // [T, hidden/16] u8, E4M3 of tokens quantised before (w4a4), or empty
   format::Tensor logits;          // [T, experts] f32|f16|bf16, or empty
   format::Tensor ids;             // [T, top_k] i32|i64, or empty
   format::Tensor weights;         // [T, top_k] f32|f16|bf16, or empty

@@ -149,7 +149,8 @@ class DeviceResidence final : public Residence {
 
   Status check_places(const Visit& visit) const {
     const LayerCall& call = visit.call;
-    const std::array<std::pair<const char*, const void*>, 8> all = {{{"hidden_states", call.hidden.data},
+    const std::array<std::pair<const char*, const void*>, 9> all = {{{"hidden_states", call.hidden.data},
+                                                                     {"hidden_scales", call.hidden_scales.data},
                                                                      {"router_logits", call.logits.data},
                                                                      {"topk_ids", call.ids.data},
                                                                      {"topk_weights", call.weights.data},

@@ -9,6 +9,7 @@ Mirror::Mirror(const Layer& layer, const LayerCall& host) : device_(layer.plan()
   const gpu::Current current(device_);
   throw_unless_ok(current.status());
   add(&call_.hidden, false);
+  add(&call_.hidden_scales, false);
   add(&call_.logits, false);
   add(&call_.ids, false);
   add(&call_.weights, false);

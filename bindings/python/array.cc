@@ -3,11 +3,14 @@
 #include <fmt/format.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <charconv>
+#include <memory>
 #include <optional>
 #include <string_view>
 
 #include "bindings/python/exchange.h"
+#include "gpu/runtime.h"
 #include "status.h"
 
 namespace fourmoe::python {
@@ -48,14 +51,14 @@ Format format_of(Element element) {
   }
 }
 
-// The exchange API of an object's type, or null. Each thread remembers the last type that it asked.
-const exchange::Api* api_of(nb::handle object) {
+// The exchange API of a type, or null. Each thread remembers the last type that it asked.
+const exchange::Api* api_of_type(nb::handle asked) {
   thread_local PyObject* last_type = nullptr;
   thread_local const exchange::Api* last_api = nullptr;
-  PyObject* type = object.type().ptr();
+  PyObject* type = asked.ptr();
   if (type == last_type) return last_api;
   const exchange::Api* api = nullptr;
-  if (const nb::object capsule = nb::getattr(object.type(), "__dlpack_c_exchange_api__", nb::object());
+  if (const nb::object capsule = nb::getattr(asked, "__dlpack_c_exchange_api__", nb::object());
       capsule.is_valid() && PyCapsule_IsValid(capsule.ptr(), exchange::kCapsule)) {
     api = static_cast<const exchange::Api*>(PyCapsule_GetPointer(capsule.ptr(), exchange::kCapsule));
     if (api->header.version.major != 1 || api->borrow == nullptr) api = nullptr;
@@ -66,6 +69,8 @@ const exchange::Api* api_of(nb::handle object) {
   last_api = api;
   return api;
 }
+
+const exchange::Api* api_of(nb::handle object) { return api_of_type(object.type()); }
 
 void set_device(const char* name, i32 type, i32 index, Array* out) {
   switch (type) {
@@ -134,12 +139,14 @@ std::optional<Element> element_of_extension(nb::handle object) {
   return std::nullopt;
 }
 
-bool is_from(nb::handle object, std::string_view module) {
-  const nb::object name = nb::getattr(object.type(), "__module__", nb::none());
+bool is_type_of(nb::handle type, std::string_view module) {
+  const nb::object name = nb::getattr(type, "__module__", nb::none());
   if (!nb::isinstance<nb::str>(name)) return false;
   const std::string_view words = nb::cast<nb::str>(name).c_str();
   return words == module || (words.starts_with(module) && words[module.size()] == '.');
 }
+
+bool is_from(nb::handle object, std::string_view module) { return is_type_of(object.type(), module); }
 
 template <class Import>
 std::optional<Array> import_any(const char* name, nb::handle object) {
@@ -267,8 +274,31 @@ weights::Splits splits(const char* name, nb::handle object, std::vector<nb::obje
   return weights::Splits(name, std::move(list));
 }
 
-nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element element) {
+namespace {
+
+// Memory of a GPU that any framework can import.
+nb::object device_memory(const std::vector<i64>& shape, Element element, i32 device) {
+  const gpu::Current current(device);
+  throw_unless_ok(current.status());
+  const Format format = format_of(element);
+  i64 bytes = format.bits / 8;
+  for (const i64 extent : shape) bytes *= extent;
+  auto buffer = std::make_unique<gpu::Buffer>();
+  throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, std::max<i64>(bytes, 1), "the output", buffer.get()));
+  void* data = buffer->data();
+  const nb::capsule owner(buffer.release(), [](void* p) noexcept { delete static_cast<gpu::Buffer*>(p); });
+  const std::vector<std::size_t> extents(shape.begin(), shape.end());
+  return nb::cast(nb::ndarray<nb::array_api>(data, extents.size(), extents.data(), owner, nullptr,
+                                             {format.code, format.bits, 1}, nb::device::cuda::value, device));
+}
+
+}  // namespace
+
+bool is_immutable(nb::handle like) { return is_from(like, "jax") || is_from(like, "jaxlib"); }
+
+nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element element, i32 device) {
   if (const exchange::Api* api = api_of(like)) return allocate(*api, like, shape, element);
+  if (device >= 0 && is_immutable(like)) return device_memory(shape, element, device);
   const Format format = format_of(element);
   nb::list extents;
   for (const i64 extent : shape) extents.append(extent);
@@ -285,8 +315,9 @@ nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element el
   return numpy.attr("empty")(nb::tuple(extents), dtype);
 }
 
-nb::object back_to(nb::handle like, nb::object made) {
-  if (!is_from(like, "jax") && !is_from(like, "jaxlib")) return made;
+nb::object back_to(nb::handle like, nb::object made, i32 device) {
+  if (!is_immutable(like)) return made;
+  if (device >= 0) return nb::module_::import_("jax.dlpack").attr("from_dlpack")(made);
   return nb::module_::import_("jax.numpy").attr("asarray")(made);
 }
 
@@ -302,12 +333,24 @@ i32 parse_device(const std::string& words) {
 
 std::string device_words(i32 device) { return device < 0 ? "cpu" : fmt::format("cuda:{}", device); }
 
-void* stream_of(nb::handle stream, nb::handle like, i32 device) {
+namespace {
+
+// The current stream of the framework that an array type is of.
+nb::object current_stream(nb::handle type, i32 device) {
+  if (is_type_of(type, "torch")) return nb::module_::import_("torch").attr("cuda").attr("current_stream")(device);
+  if (is_type_of(type, "cupy")) return nb::module_::import_("cupy").attr("cuda").attr("get_current_stream")(device);
+  return nb::int_(0);
+}
+
+}  // namespace
+
+void* stream_of(nb::handle stream, nb::handle type, i32 device) {
   if (device < 0) return nullptr;
   if (stream.is_none()) {
-    const exchange::Api* api = api_of(like);
+    if (type.is_none()) return nullptr;
+    const exchange::Api* api = api_of_type(type);
+    if (api == nullptr || api->current_stream == nullptr) return stream_of(current_stream(type, device), type, device);
     void* current = nullptr;
-    if (api == nullptr || api->current_stream == nullptr) return nullptr;
     if (api->current_stream(exchange::kCuda, device, &current) != 0) nb::raise_python_error();
     return current;
   }

@@ -49,18 +49,24 @@ format::Tensor matrix(const char* name, nb::handle object, i32 device, std::init
 // A weight argument: None, one array or a list of them. Appends what keeps the memory alive to *held.
 weights::Splits splits(const char* name, nb::handle object, std::vector<nb::object>* held);
 
-// A new array of the framework and device of `like`; numpy's for frameworks whose arrays cannot be written.
-nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element element);
+// Whether arrays of the framework of `like` cannot be written, as JAX's.
+bool is_immutable(nb::handle like);
 
-// numpy to the framework of `like`, where empty_like had to make a numpy array; else the array itself.
-nb::object back_to(nb::handle like, nb::object made);
+// A new array of the framework and device of `like`. Where its arrays cannot be written, memory that back_to turns into
+// one: numpy's on the host, else our own.
+nb::object empty_like(nb::handle like, const std::vector<i64>& shape, Element element, i32 device = -1);
+
+// What empty_like made, as an array of the framework of `like`. On a GPU its contents must be complete where the
+// framework's arrays cannot be written.
+nb::object back_to(nb::handle like, nb::object made, i32 device = -1);
 
 // "cpu" to -1, "cuda" or "cuda:N" to N; also what str(torch.device) gives. Throws Error(argument_invalid).
 i32 parse_device(const std::string& words);
 std::string device_words(i32 device);
 
 // The stream of a call: `stream` as an integer, or an object with `cuda_stream`, `ptr` or `__cuda_stream__`; where it
-// is None, the current stream of the framework of `like`. Null for the host and for the default stream.
-void* stream_of(nb::handle stream, nb::handle like, i32 device);
+// is None, the calling thread's current stream of the framework whose arrays are of `type` (torch, cupy; none: the
+// default stream). Null for the host and for the default stream.
+void* stream_of(nb::handle stream, nb::handle type, i32 device);
 
 }  // namespace fourmoe::python

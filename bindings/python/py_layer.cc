@@ -157,16 +157,18 @@ nb::object PyLayer::call(const CallArguments& arguments) {
   const Problem& p = problem();
   check_routes(call, p);
   const bool own = arguments.out.is_none();
-  nb::object out =
-      own ? empty_like(arguments.hidden_states, {call.hidden.rows, p.hidden}, element_of(call.hidden.dtype))
-          : nb::borrow(arguments.out);
+  nb::object out = own ? empty_like(arguments.hidden_states, {call.hidden.rows, p.hidden},
+                                    element_of(call.hidden.dtype), choices_.device)
+                       : nb::borrow(arguments.out);
   call.output = matrix("out", out, choices_.device, kFloats, Access::write);
   check_out(call.output, call.hidden.rows, p.hidden);
   check_apart("hidden_states", call.hidden, call.output);
   check_apart("topk_ids", call.ids, call.output);
   check_apart("topk_weights", call.weights, call.output);
   check_apart("router_logits", call.logits, call.output);
-  call.stream = stream_of(arguments.stream, arguments.hidden_states, choices_.device);
+  call.stream = stream_of(arguments.stream, arguments.hidden_states.type(), choices_.device);
+  if (!framework_.is(arguments.hidden_states.type())) framework_ = nb::borrow(arguments.hidden_states.type());
+  const bool completes = own && choices_.device >= 0 && is_immutable(arguments.hidden_states);
   Layer& layer = choose(arguments.precision, arguments.plan);
   const Workspace workspace = workspace_of(arguments.workspace, choices_.device, layer.workspace_bytes());
   Status status;
@@ -174,9 +176,10 @@ nb::object PyLayer::call(const CallArguments& arguments) {
     const nb::gil_scoped_release unlocked;
     const std::shared_lock<std::shared_mutex> lock(refit_mutex_);
     status = layer.run(call, workspace);
+    if (status.ok() && completes) status = layer.wait(call.stream);
   }
   throw_unless_ok(status);
-  return own ? back_to(arguments.hidden_states, std::move(out)) : out;
+  return own ? back_to(arguments.hidden_states, std::move(out), choices_.device) : out;
 }
 
 void PyLayer::refit(weights::Assembled assembled, std::vector<nb::object> held) {
@@ -204,7 +207,7 @@ i64 PyLayer::workspace_bytes(i64 tokens, const std::optional<std::string>& preci
 }
 
 void PyLayer::wait(nb::handle stream) {
-  void* address = stream_of(stream, nb::none(), choices_.device);
+  void* address = stream_of(stream, framework_, choices_.device);
   Status status;
   {
     const nb::gil_scoped_release unlocked;

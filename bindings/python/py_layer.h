@@ -73,6 +73,7 @@ class PyLayer {
   Layer& choose(const std::optional<std::string>& precision, const std::optional<std::string>& plan);
 
   Choices choices_;
+  nb::object framework_ = nb::none();  // type of the last call's tokens; under the interpreter's lock
   std::string what_;
   Executor* executor_;
   i64 handle_;

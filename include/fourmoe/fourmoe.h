@@ -34,7 +34,8 @@ typedef enum fourmoe_dtype {
   FOURMOE_F16 = 1,
   FOURMOE_BF16 = 2,
   FOURMOE_I32 = 3,
-  FOURMOE_I64 = 4
+  FOURMOE_I64 = 4,
+  FOURMOE_U8 = 5 /* E2M1 pairs, or E4M3 scales */
 } fourmoe_dtype;
 
 typedef enum fourmoe_encoding {
@@ -146,7 +147,9 @@ typedef struct fourmoe_options {
  * All pointers, the workspace too, are to memory of the layer's device. */
 typedef struct fourmoe_call {
   size_t struct_size;
-  fourmoe_tensor hidden_states; /* [T, hidden] bf16|f16|f32 */
+  fourmoe_tensor hidden_states; /* [T, hidden] bf16|f16|f32; with hidden_scales [T, hidden/2] u8, E2M1 pairs */
+  fourmoe_tensor hidden_scales; /* [T, hidden/16] u8, E4M3: w4a4 of tokens that are NVFP4 already, a value being code *
+                                   scale * the expert's input_scale; null: hidden_states are values */
   fourmoe_tensor router_logits; /* [T, experts] f32|f16|bf16 */
   fourmoe_tensor topk_ids;      /* [T, top_k] i32|i64; -1 is no pick */
   fourmoe_tensor topk_weights;  /* [T, top_k] f32|f16|bf16; used as they are */

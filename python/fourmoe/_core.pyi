@@ -43,7 +43,7 @@ class Layer:
             no pick. Or router_logits: [T, experts] float32, float16 or bfloat16. Or neither, where the layer has a
             router (has_router).
         hidden_scales: [T, hidden/16] float8_e4m3fn or uint8, of tokens that are NVFP4 already: hidden_states is then
-            [T, hidden/2] uint8, the values are code * scale * input_scale. For "w4a4" on a cpu; output bfloat16.
+            [T, hidden/2] uint8, the values are code * scale * input_scale. For "w4a4"; output bfloat16.
         out: [>= T, hidden] float32, float16 or bfloat16; overwritten, rows from T on untouched.
         workspace: uint8, workspace_bytes() of them; without it the layer uses memory of its own, and calls take turns.
             With `out` and `workspace` a call allocates nothing that grows with T.
@@ -56,7 +56,8 @@ class Layer:
     def explain(self, tokens: int = 1024) -> str:
         """What `fourmoe explain` prints of this layer: the plan for up to `tokens`, and who refuses and why."""
     def wait(self, stream: Any = None) -> None:
-        """On a GPU: waits for the stream's work and raises what its kernels found wrong, as an id out of range.
+        """On a GPU: waits for the stream's work (without one, the current stream of the last call's framework) and raises
+        what its kernels found wrong, as an id out of range.
 
         Calls on a GPU enqueue and do not wait; without this, the next call raises it. At once on the host.
         """

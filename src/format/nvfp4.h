@@ -13,6 +13,7 @@
 namespace fourmoe::format {
 
 inline constexpr i32 kNvfp4Block = 16;           // values that share a scale
+inline constexpr u8 kLargestScale = 0x7e;        // E4M3 bytes beyond it are NaN or have a sign: no scale is
 inline constexpr f32 kE2m1Max = 6.0f;            // largest E2M1 magnitude
 inline constexpr f32 kE4m3Max = 448.0f;          // largest E4M3 magnitude
 inline constexpr f32 kNvfp4Max = 6.0f * 448.0f;  // amax / 2688 is the global scale (ModelOpt's recipe)

@@ -9,6 +9,7 @@ Status to_status(const Fault& fault) {
   switch (fault_kind(fault.first)) {
     case FaultKind::none: return {};
     case FaultKind::logits: return route::refuse_logits(token);
+    case FaultKind::scale: return route::refuse_scale(token, fault_position(fault.first), fault_byte(fault.first));
     case FaultKind::id: break;
   }
   if (fault.settled != fault.first) return refuse(Reason::internal, "a fault was read before its stream was done");

@@ -9,7 +9,7 @@
 
 namespace fourmoe::gpu {
 
-enum class FaultKind : u8 { none, logits, id };
+enum class FaultKind : u8 { none, logits, id, scale };
 
 // In device memory, or in host memory mapped into the device; caller's. Starts as Fault{}; kernels only ever lower
 // `first`, so a fault stays through any number of replays until the host writes Fault{} again.
@@ -20,17 +20,18 @@ struct Fault {
   i32 experts = 0;        // FaultKind::id: experts of the layer
 };
 
-// Ordered by token, then by position in its picks.
-FOURMOE_HD u64 fault_key(FaultKind kind, i32 token, i32 position) {
-  return static_cast<u64>(token) << 16 | static_cast<u64>(position) << 8 | static_cast<u64>(kind);
+// Ordered by token, then by position: of an id in the token's picks, of a scale in its blocks (below 2^20), whose byte
+// the key holds.
+FOURMOE_HD u64 fault_key(FaultKind kind, i32 token, i32 position, u8 byte = 0) {
+  return static_cast<u64>(token) << 32 | static_cast<u64>(position) << 12 | static_cast<u64>(byte) << 4 |
+         static_cast<u64>(kind);
 }
-FOURMOE_HD FaultKind fault_kind(u64 key) {
-  return key == ~u64{0} ? FaultKind::none : static_cast<FaultKind>(key & 255);
-}
-FOURMOE_HD i32 fault_position(u64 key) { return static_cast<i32>(key >> 8 & 255); }
-FOURMOE_HD i32 fault_token(u64 key) { return static_cast<i32>(key >> 16); }
+FOURMOE_HD FaultKind fault_kind(u64 key) { return key == ~u64{0} ? FaultKind::none : static_cast<FaultKind>(key & 15); }
+FOURMOE_HD u8 fault_byte(u64 key) { return static_cast<u8>(key >> 4); }
+FOURMOE_HD i32 fault_position(u64 key) { return static_cast<i32>(key >> 12 & 0xfffff); }
+FOURMOE_HD i32 fault_token(u64 key) { return static_cast<i32>(key >> 32); }
 
-// The refusal that route::pick gives for the same token; ok for none. Read the fault after its stream is done.
+// The refusal that the host gives for the same token; ok for none. Read the fault after its stream is done.
 Status to_status(const Fault& fault);
 
 }  // namespace fourmoe::gpu

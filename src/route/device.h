@@ -62,6 +62,10 @@ struct DeviceTokens {
   const f32* input_scales = nullptr;  // [local_experts] weights::Expert::input_scale; w4a4
   u16* rows = nullptr;  // [slots, hidden] bf16, overwritten: w4a16 the rounded tokens, w4a4 E2M1 * E4M3; w4a4: may be
                         // null. w4a16 of f16: [2, max_tokens * top_k, hidden], two planes that sum to the tokens
+
+  // launch_decode alone:
+  format::Tensor hidden_scales;  // [tokens, hidden/16] u8 E4M3, any alignment; hidden is then [tokens, hidden/2] u8
+  gpu::Fault* fault = nullptr;
 };
 
 // w4a16: each slot's token, rounded to problem.activations, times the routing weight and rounded again where that
@@ -70,6 +74,10 @@ Status launch_gather(const DeviceTokens& args, void* stream);
 
 // w4a4: each slot's token as codes and scales, bit for bit route::quantise, and decoded to bf16 (exact) on request.
 Status launch_quantise(const DeviceTokens& args, void* stream);
+
+// w4a4 of tokens that come quantised: their codes and scales decoded to rows of bf16 (exact). A token with a scale that
+// is NaN or negative is refused: its pick_slot becomes kRefused and its rows are not written, its ids and weights stay.
+Status launch_decode(const DeviceTokens& args, void* stream);
 
 // Rows of slots, f32, to NVFP4 with a global scale each expert: the intermediate of w4a4.
 struct DeviceRows {

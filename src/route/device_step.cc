@@ -49,8 +49,11 @@ Status run(const Bound& bound) {
     tokens.slots = out;
     tokens.input_scales = args.weights.device->input_scale;
     tokens.rows = args.slots.rows;
-    const bool quantised = args.problem->precision == Precision::w4a4;
-    return quantised ? launch_quantise(tokens, args.stream) : launch_gather(tokens, args.stream);
+    tokens.hidden_scales = args.hidden_scales;
+    tokens.fault = args.fault;
+    if (!args.hidden_scales.empty()) return launch_decode(tokens, args.stream);
+    const bool quantise = args.problem->precision == Precision::w4a4;
+    return quantise ? launch_quantise(tokens, args.stream) : launch_gather(tokens, args.stream);
   }
 }
 

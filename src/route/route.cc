@@ -129,6 +129,11 @@ Status refuse_id(i32 token, i32 position, i64 id, i32 experts) {
                 fmt::format("topk_ids[{}, {}] is {}, expected -1 to {}", token, position, id, experts - 1));
 }
 
+Status refuse_scale(i64 token, i64 block, u8 byte) {
+  return refuse(Reason::scale_invalid,
+                fmt::format("hidden_scales[{}, {}] is 0x{:02x}: NaN or negative", token, block, byte));
+}
+
 Status pick(const Problem& problem, const In& in, i32 tokens, Executor& executor, const Out& out) {
   std::atomic<i32> first_bad{tokens};
   const auto pick_one = [&](i32 token, Scratch* scratch) {

@@ -45,9 +45,11 @@ struct Out {
                                 // GPU. w4a16 of f16: two planes of max_tokens * top_k slots that sum to the tokens
 };
 
-// What pick says of a token that it refuses, on the host and on a device.
+// What is said of a token that is refused, on the host and on a device: by pick, and for the scales of one that comes
+// quantised.
 Status refuse_logits(i32 token);
 Status refuse_id(i32 token, i32 position, i64 id, i32 experts);
+Status refuse_scale(i64 token, i64 block, u8 byte);
 
 // Picks of every token. Reads In, writes Out::ids and Out::weights. Refuses NaN logits and ids out of range, naming the
 // token and the value.

@@ -1,7 +1,8 @@
-// Tokens to the rows of their slots: rounded to bf16 (gather), or to NVFP4 (quantise).
+// Tokens to the rows of their slots: rounded to bf16 (gather), or to NVFP4 (quantise), or from NVFP4 (decode).
 //
 // A thread has an octet of a token's columns, reads it once and writes it to each of the token's slots; two threads
 // side by side have a block of 16, whose scale they share.
+#include "gpu/fault.h"
 #include "gpu/launch.cuh"
 #include "gpu/rows.h"
 #include "gpu/values.cuh"
@@ -46,13 +47,10 @@ __device__ __forceinline__ uint4 rounded_octet(const format::Tensor& hidden, con
   return gpu::octet_bf16(x);
 }
 
-__global__ void __launch_bounds__(kThreads) gather_tokens(const DeviceTokens a) {
-  gpu::begin();
+// An octet of bf16 to all slots of its token.
+__device__ __forceinline__ void scatter(const DeviceTokens& a, const Place& at, const uint4& x) {
   const Problem& problem = a.problem;
-  const Place at = place(problem.hidden);
   const i64 octets = problem.hidden / 8;
-  if (at.octet >= octets) return;
-  const uint4 x = rounded_octet(a.hidden, at);
   uint4* rows = reinterpret_cast<uint4*>(a.rows) + at.octet;
   const i64 pick = at.row * problem.top_k;
   for (i32 p = 0; p < problem.top_k; p += kBatch) {
@@ -65,6 +63,37 @@ __global__ void __launch_bounds__(kThreads) gather_tokens(const DeviceTokens a) 
       rows[slot[i] * octets] = problem.routing.weight_on_input ? weighted(x, a.slots.weights[pick + p + i]) : x;
     }
   }
+}
+
+__global__ void __launch_bounds__(kThreads) gather_tokens(const DeviceTokens a) {
+  gpu::begin();
+  const Place at = place(a.problem.hidden);
+  if (at.octet >= a.problem.hidden / 8) return;
+  scatter(a, at, rounded_octet(a.hidden, at));
+}
+
+// Whether a token has a scale that is NaN or negative. All blocks of the token look at all its scales, so that all of
+// them leave it; what they write is the same.
+__device__ __forceinline__ bool refuse_scales(const DeviceTokens& a, i64 token) {
+  const i32 blocks = a.problem.hidden / format::kNvfp4Block;
+  const u8* scales = a.hidden_scales.row(token);
+  i32 bad = threadIdx.x;
+  while (bad < blocks && scales[bad] <= format::kLargestScale) bad += kThreads;
+  if (__syncthreads_or(bad < blocks) == 0) return false;
+  if (bad < blocks) {
+    const u64 key = gpu::fault_key(gpu::FaultKind::scale, static_cast<i32>(token), bad, scales[bad]);
+    atomicMin(reinterpret_cast<unsigned long long*>(&a.fault->first), key);
+  }
+  if (threadIdx.x < a.problem.top_k) a.slots.pick_slot[token * a.problem.top_k + threadIdx.x] = kRefused;
+  return true;
+}
+
+__global__ void __launch_bounds__(kThreads) decode_tokens(const DeviceTokens a) {
+  gpu::begin();
+  const Place at = place(a.problem.hidden);
+  if (refuse_scales(a, at.row) || at.octet >= a.problem.hidden / 8) return;
+  const u32 codes = reinterpret_cast<const u32*>(a.hidden.row(at.row))[at.octet];
+  scatter(a, at, decode_octet(codes, a.hidden_scales.row(at.row)[at.octet / 2]));
 }
 
 // An octet as two planes of bf16, rounded to f16 before.
@@ -196,6 +225,12 @@ Status launch_quantise(const DeviceTokens& args, void* stream) {
   if (args.tokens == 0) return {};
   if (Status status = gpu::check_rows("hidden_states", args.hidden); !status.ok()) return status;
   return gpu::launch("quantise", quantise_tokens, {blocks(args.tokens, args.problem.hidden), kThreads}, args, stream);
+}
+
+Status launch_decode(const DeviceTokens& args, void* stream) {
+  if (args.tokens == 0) return {};
+  if (Status status = gpu::check_codes("hidden_states", args.hidden); !status.ok()) return status;
+  return gpu::launch("decode", decode_tokens, {blocks(args.tokens, args.problem.hidden), kThreads}, args, stream);
 }
 
 Status launch_quantise_rows(const DeviceRows& args, void* stream) {

@@ -61,6 +61,17 @@ float expected() {
   return rounded * 16 * 0.125f;
 }
 
+template <class Body>
+void expect_error(const char* name, const std::string& words, const Body& body) {
+  try {
+    body();
+    FAIL() << "accepted; expected " << name;
+  } catch (const fourmoe::Error& error) {
+    EXPECT_EQ(error.name(), name) << error.what();
+    EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
+  }
+}
+
 TEST(Api, ComputesALayerGivenTensorByTensor) {
   const Constant weights;
   for (const char* backend : {"auto", "cpu", "reference"}) {
@@ -89,6 +100,36 @@ TEST(Api, RoutesFromLogitsAndReturnsThePicks) {
   EXPECT_EQ(ids[1], 3);
   EXPECT_NEAR(picked[0] + picked[1], 1.0f, 1e-6f);
   EXPECT_NEAR(b.y[0], expected(), 1e-5f);
+}
+
+// Code 6 (0x7), scale 1 (0x38) and input_scale 1/12 are tokens of 0.5, as the layer itself quantises them. inter_scale
+// is such that the intermediate, one value in all columns, is 6 * 448 * inter_scale.
+TEST(Api, TakesTokensThatAreNvfp4Already) {
+  Constant weights;
+  for (fourmoe_expert& expert : weights.experts) {
+    expert.input_scale = 1.0f / 12.0f;
+    expert.inter_scale = expected() / (16 * 0.125f) / (6.0f * 448.0f);
+  }
+  fourmoe::Options options;
+  options.precision = FOURMOE_W4A4;
+  fourmoe::Layer layer = fourmoe::Layer::create(weights.desc, options);
+  Buffers values(3), codes(3);
+  layer.run(values.call);
+  std::vector<std::uint8_t> pairs(3 * kHidden / 2, 0x77), scales(3 * kHidden / 16, 0x38);
+  codes.call.hidden_states = fourmoe::view(pairs.data(), FOURMOE_U8, 3, kHidden / 2);
+  codes.call.hidden_scales = fourmoe::view(scales.data(), FOURMOE_U8, 3, kHidden / 16);
+  layer.run(codes.call);
+  EXPECT_NEAR(codes.y[0], expected(), 1e-5f);
+  EXPECT_EQ(codes.y, values.y);
+  scales[3] = 0xff;
+  expect_error("scale_invalid", "hidden_scales[1, 1] is 0xff", [&] { layer.run(codes.call); });
+  scales[3] = 0x38;
+  codes.call.hidden_scales = {};
+  expect_error("argument_invalid", "hidden_states is [3, 16], expected [3, 32]", [&] { layer.run(codes.call); });
+  options.precision = FOURMOE_W4A16;
+  codes.call.hidden_scales = fourmoe::view(scales.data(), FOURMOE_U8, 3, kHidden / 16);
+  expect_error("argument_invalid", "w4a4 without routing weights on the input would pass",
+               [&] { fourmoe::Layer::create(weights.desc, options).run(codes.call); });
 }
 
 TEST(Api, ReportsWhatALayerIs) {
@@ -145,17 +186,6 @@ TEST(Api, OneLayerServesManyThreads) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(wrong, 0);
-}
-
-template <class Body>
-void expect_error(const char* name, const std::string& words, const Body& body) {
-  try {
-    body();
-    FAIL() << "accepted; expected " << name;
-  } catch (const fourmoe::Error& error) {
-    EXPECT_EQ(error.name(), name) << error.what();
-    EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
-  }
 }
 
 TEST(Api, RefusalsNameTheArgument) {

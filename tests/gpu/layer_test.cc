@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "case.h"
+#include "format/quantise.h"
 #include "gpu/hopper.h"
 #include "gpu/runtime.h"
 #include "mirror.h"
@@ -395,6 +396,99 @@ INSTANTIATE_TEST_SUITE_P(Device, EveryPrecision,
                                          Kind{"w4a16_bf16", Precision::w4a16, Encoding::bf16},
                                          Kind{"w4a16_f16", Precision::w4a16, Encoding::nvfp4, Dtype::f16}),
                          [](const auto& at) { return std::string(at.param.name); });
+
+// Tokens quantised by the caller: one global for all experts, so that their codes are those that the layer would make.
+class QuantisedTokens : public testing::Test {
+ protected:
+  static constexpr i32 kHidden = 96, kTokens = 150;  // two passes
+  static constexpr f32 kGlobal = 0.002f;
+
+  void SetUp() override {
+    FOURMOE_NEEDS_HOPPER();
+    spec_ = spec(kHidden, 80, 8, 3, kTokens);
+    spec_.problem.precision = Precision::w4a4;
+    call_ = std::make_unique<cases::Call>(spec_);
+    std::vector<f32> x(kHidden);
+    for (i32 t = 0; t < kTokens; ++t) {
+      for (i32 h = 0; h < kHidden; ++h) x[h] = format::read(call_->hidden.data(), Dtype::bf16, i64{t} * kHidden + h);
+      format::quantise_row(x.data(), kHidden, kGlobal, &codes_[t * kHidden / 2], &scales_[t * kHidden / 16]);
+    }
+  }
+  Layer layer(i32 device) const {
+    checkpoint::Layer weights = cases::random_layer(spec_.problem, 1, false);
+    for (weights::Expert& expert : weights.experts) expert.input_scale = kGlobal;
+    return Layer(std::move(weights), options(Precision::w4a4, device));
+  }
+  LayerCall quantised(std::vector<u8>* output) {
+    LayerCall call = call_->view(output, Dtype::f32);
+    call.hidden = {codes_.data(), Dtype::u8, kTokens, kHidden / 2, kHidden / 2};
+    call.hidden_scales = {scales_.data(), Dtype::u8, kTokens, kHidden / 16, kHidden / 16};
+    return call;
+  }
+  static std::vector<f64> floats(const std::vector<u8>& bytes) {
+    std::vector<f64> values;
+    for (std::size_t i = 0; i < bytes.size() / 4; ++i) values.push_back(format::read(bytes.data(), Dtype::f32, i));
+    return values;
+  }
+
+  Spec spec_;
+  std::unique_ptr<cases::Call> call_;
+  std::vector<u8> codes_ = std::vector<u8>(kTokens * kHidden / 2);
+  std::vector<u8> scales_ = std::vector<u8>(kTokens * kHidden / 16);
+};
+
+TEST_F(QuantisedTokens, GiveTheBitsOfTokensThatTheLayerQuantises) {
+  Layer device = layer(0);
+  std::vector<u8> values, codes;
+  throw_unless_ok(cases::run_mirrored(&device, call_->view(&values, Dtype::f32)));
+  throw_unless_ok(cases::run_mirrored(&device, quantised(&codes)));
+  EXPECT_EQ(codes, values);
+}
+
+TEST_F(QuantisedTokens, ThatTheLayerWouldNotMakeAgreeWithTheHost) {
+  std::mt19937_64 random(3);
+  for (u8& byte : codes_) byte = static_cast<u8>(random());
+  for (u8& byte : scales_) byte = static_cast<u8>(0x28 + random() % 32);
+  Layer host = layer(-1), device = layer(0);
+  std::vector<u8> want, found;
+  throw_unless_ok(cases::run_mirrored(&host, quantised(&want)));
+  throw_unless_ok(cases::run_mirrored(&device, quantised(&found)));
+  EXPECT_LE(cases::rel_l2(floats(found), floats(want)), cases::bound(spec_.problem));
+  scales_[5] ^= 0x08;  // one block of one token: 16 values, doubled or halved
+  throw_unless_ok(cases::run_mirrored(&device, quantised(&want)));
+  EXPECT_NE(found, want);
+}
+
+TEST_F(QuantisedTokens, ABadScaleIsReportedAndTheOtherTokensAreComputed) {
+  Layer device = layer(0);
+  std::vector<u8> good, bad;
+  throw_unless_ok(cases::run_mirrored(&device, quantised(&good)));
+  scales_[7 * kHidden / 16 + 2] = 0x80;
+  cases::Mirror mirror(device, quantised(&bad));
+  throw_unless_ok(device.run(mirror.call()));
+  const Status status = device.wait();
+  EXPECT_EQ(status.reason, Reason::scale_invalid);
+  EXPECT_EQ(status.detail,
+            "hidden_scales[7, 2] is 0x80: NaN or negative (counting from the first token of a pass of 128)");
+  EXPECT_TRUE(device.wait().ok());
+  mirror.fetch();
+  const std::vector<f64> found = floats(bad), want = floats(good);
+  for (i64 i = 0; i < kTokens * kHidden; ++i) {
+    if (i / kHidden == 7) ASSERT_TRUE(std::isnan(found[i]));
+    else ASSERT_EQ(found[i], want[i]) << i;
+  }
+}
+
+TEST_F(QuantisedTokens, InHostMemoryAreNamed) {
+  Layer device = layer(0);
+  std::vector<u8> output;
+  const LayerCall host = quantised(&output);
+  const cases::Mirror mirror(device, host);
+  LayerCall call = mirror.call();
+  call.hidden_scales.data = host.hidden_scales.data;
+  EXPECT_NE(device.run(call).detail.find("hidden_scales is in host memory, expected memory of cuda:0"),
+            std::string::npos);
+}
 
 // Infinite f16 saturates, infinite bf16 does not, NaN stays: a token's own affair.
 TEST(DeviceLayer, TokensThatAreNotFiniteComeOutAsTheReferenceGivesThem) {

@@ -1,6 +1,8 @@
 // Rows on a device against the host's bodies: logits, gather, quantise, combine.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "args.h"
 #include "combine/device.h"
 #include "format/quantise.h"
@@ -251,6 +253,101 @@ TEST(DeviceRows, QuantisedTokens) {
   }
 }
 
+// Tokens as their caller quantised them: any codes and any scales that are none of a fault, in strided rows.
+struct Codes {
+  Codes(i64 tokens, i64 hidden, u64 seed) : code_stride(hidden / 2 + 4), scale_stride(hidden / 16 + 1) {
+    std::mt19937_64 random(seed);
+    codes.resize(tokens * code_stride);
+    scales.resize(tokens * scale_stride + 1);
+    for (u8& byte : codes) byte = static_cast<u8>(random());
+    for (u8& byte : scales) byte = static_cast<u8>(random() % (format::kLargestScale + 1));
+  }
+  u8* scale(i64 token, i64 block) { return &scales[1 + token * scale_stride + block]; }
+  route::DeviceTokens args(const Slots& s, i32 tokens, Device<u8>* at, Device<u8>* scales_at, u16* rows) const {
+    const i32 hidden = s.problem.hidden;
+    at->write(codes), scales_at->write(scales);
+    route::DeviceTokens a{s.problem, tokens, {at->get(), Dtype::u8, tokens, hidden / 2, code_stride}};
+    a.slots = s.device.args.out;
+    a.rows = rows;
+    a.hidden_scales = {scales_at->get() + 1, Dtype::u8, tokens, hidden / 16, scale_stride};
+    a.fault = s.device.fault.get();
+    return a;
+  }
+  i64 code_stride, scale_stride;
+  std::vector<u8> codes, scales;  // scales begin one byte after an aligned address
+};
+
+// Rows of slots in use are the codes' values; those of `refused` tokens and of slots not in use are untouched.
+void check_decoded(const Slots& s, Codes& c, const std::vector<u16>& rows, const std::vector<i32>& refused) {
+  const i64 hidden = s.problem.hidden;
+  std::vector<f32> want(hidden);
+  for (i64 slot = 0; slot < s.most(); ++slot) {
+    const i32 token = slot < s.used() ? s.host.slot_pick[slot] / s.problem.top_k : -1;
+    const bool written = token >= 0 && std::find(refused.begin(), refused.end(), token) == refused.end();
+    if (written) {
+      format::dequantise_row(c.codes.data() + token * c.code_stride, c.scale(token, 0), hidden, want.data());
+    }
+    for (i64 h = 0; h < hidden; ++h) {
+      const u16 got = rows[slot * hidden + h];
+      if (!written) ASSERT_EQ(got, poison<u16>()) << "slot " << slot;
+      else ASSERT_EQ(std::bit_cast<u32>(format::from_bf16(got)), std::bit_cast<u32>(want[h])) << slot << ", " << h;
+    }
+  }
+}
+
+TEST(DeviceRows, TokensThatComeQuantisedAreDecodedExactly) {
+  FOURMOE_NEEDS_DEVICE();
+  for (const Size& size : kSizes) {
+    const Slots s(size.hidden, size.tokens, size.top_k);
+    Codes c(size.tokens, size.hidden, 11);
+    Device<u8> codes(c.codes.size()), scales(c.scales.size());
+    const Device<u16> rows(s.most() * size.hidden);
+    ASSERT_TRUE(route::launch_decode(c.args(s, size.tokens, &codes, &scales, rows.get()), nullptr).ok());
+    check_decoded(s, c, rows.read(), {});
+    EXPECT_EQ(s.device.pick_slot.read(), s.host.pick_slot);
+    EXPECT_EQ(s.device.read().status.detail, "");
+  }
+}
+
+// Every byte that no quantiser writes, in the first block, the last, and beyond a block's threads.
+TEST(DeviceRows, AScaleThatIsNaNOrNegativeIsAFaultOfItsToken) {
+  FOURMOE_NEEDS_DEVICE();
+  const i32 tokens = 140, hidden = 2880;
+  Slots s(hidden, tokens, 4);
+  Codes c(tokens, hidden, 12);
+  std::vector<i32> refused;
+  for (int byte = format::kLargestScale + 1; byte < 256; ++byte) {
+    refused.push_back(static_cast<i32>(refused.size()) + 3);
+    *c.scale(refused.back(), byte % 3 == 0 ? 0 : byte % 3 == 1 ? 179 : 130) = static_cast<u8>(byte);
+  }
+  *c.scale(3, 150) = 0xff;  // before its 0x7f in block 179: the first one is named
+  Device<u8> codes(c.codes.size()), scales(c.scales.size());
+  const Device<u16> rows(s.most() * hidden);
+  ASSERT_TRUE(route::launch_decode(c.args(s, tokens, &codes, &scales, rows.get()), nullptr).ok());
+  check_decoded(s, c, rows.read(), refused);
+  std::vector<i32> want = s.host.pick_slot;
+  for (const i32 token : refused) std::fill_n(want.begin() + token * 4, 4, route::kRefused);
+  EXPECT_EQ(s.device.pick_slot.read(), want);
+  const Status status = s.device.read().status;
+  EXPECT_EQ(status.reason, Reason::scale_invalid);
+  EXPECT_EQ(status.detail, "hidden_scales[3, 150] is 0xff: NaN or negative");
+}
+
+TEST(DeviceRows, CodesOfOddAddressesAreRefused) {
+  FOURMOE_NEEDS_DEVICE();
+  const Slots s(48, 7, 8);
+  Codes c(7, 48, 13);
+  Device<u8> codes(c.codes.size()), scales(c.scales.size());
+  const Device<u16> rows(s.most() * 48);
+  route::DeviceTokens args = c.args(s, 7, &codes, &scales, rows.get());
+  args.hidden.data = codes.get() + 2;
+  EXPECT_EQ(route::launch_decode(args, nullptr).detail, "hidden_states begins 2 bytes after a multiple of 4");
+  args.hidden.data = codes.get();
+  args.hidden.stride = 30;
+  EXPECT_EQ(route::launch_decode(args, nullptr).detail,
+            "hidden_states has rows 30 bytes apart, expected a multiple of 4");
+}
+
 TEST(DeviceRows, QuantisedIntermediate) {
   FOURMOE_NEEDS_DEVICE();
   for (const Size& size : kSizes) {
@@ -379,6 +476,7 @@ TEST(DeviceRows, ZeroTokensTouchNothing) {
   route::DeviceTokens tokens{p, 0, {}, routed.args.out, nullptr, rows.get()};
   EXPECT_TRUE(route::launch_gather(tokens, nullptr).ok());
   EXPECT_TRUE(route::launch_quantise(tokens, nullptr).ok());
+  EXPECT_TRUE(route::launch_decode(tokens, nullptr).ok());
   EXPECT_TRUE(route::launch_quantise_rows({p, 0, 48, nullptr, routed.args.out}, nullptr).ok());
   EXPECT_TRUE(combine::launch_combine({0, 48, 2}, nullptr).ok());
   EXPECT_EQ(rows.read(), std::vector<u16>(4 * 2 * 48, poison<u16>()));

@@ -32,7 +32,7 @@ class Tutorial(unittest.TestCase):
             if name.startswith("__") or name in ("Error", "Layer", "UnavailableError"):
                 continue
             self.assertTrue(any(re.search(rf"\b{name}\b", block) for block in BLOCKS), name)
-        for name in ("explain", "workspace_bytes", "refit"):
+        for name in ("explain", "workspace_bytes", "refit", "wait"):
             self.assertTrue(any(f".{name}(" in block for block in BLOCKS), name)
 
 

@@ -291,5 +291,83 @@ class B12x(unittest.TestCase):
                 self.run_b12x(*call, **options)
 
 
+class OnAGpu(unittest.TestCase):
+    """The same calls with the same tensors on a GPU: results of the CPU, whose arithmetic the classes above check."""
+
+    def setUp(self):
+        if not torch.cuda.is_available():
+            self.skipTest("no GPU here")
+        try:
+            fourmoe.pack(up=torch.zeros(1, 16, 16).bfloat16(), down=torch.zeros(1, 16, 16).bfloat16(), top_k=1,
+                         activation="relu2", device="cuda:0")
+        except fourmoe.UnavailableError as error:
+            self.skipTest(str(error))
+
+    def agree(self, name, arguments, options, bound):
+        """Bitwise equal from call to call, and within the bound of the CPU."""
+        def call(device):
+            moved = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments]
+            named = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+            return getattr(face, name)(*moved, **named)
+
+        host, device = call("cpu"), call("cuda")
+        self.assertEqual((device.device.type, device.dtype), ("cuda", host.dtype))
+        self.assertLess(relative_l2(device.float().cpu(), host.float()), bound, (name, options))
+
+    def cute_dsl(self, weights, mode, **options):
+        x, ids, scales = tokens()
+        ids[0] = torch.tensor([-1, E, 3])
+        sf = multiplier = None
+        alpha2 = weights.alpha2
+        if mode == "w4a4":
+            x, sf, _ = fourmoe.quantize(x.float(), global_scale=1.0)
+            sf, multiplier = sf.view(torch.float8_e4m3fn)[..., None], torch.tensor([37.0])
+            alpha2 = alpha2 / 37.0
+        arguments = [x, sf, ids, scales, weights.w1, weights.w1_sf, weights.alpha1, multiplier, weights.w2,
+                     weights.w2_sf, alpha2, E, K]
+        self.agree("cute_dsl_fused_moe_nvfp4", arguments, {"quant_mode": mode, **options}, 1e-2 if multiplier else 4e-3)
+
+    def test_cute_dsl(self):
+        for mode in ("w4a16", "w4a4"):
+            self.cute_dsl(Weights(), mode)
+            self.cute_dsl(Weights(), mode, swiglu_alpha=1.3, swiglu_beta=0.5, swiglu_limit=2.0)
+            self.cute_dsl(Weights(gated=False), mode, activation_type=6)
+            self.cute_dsl(Weights(experts=2), mode, num_local_experts=2, local_expert_offset=3)
+
+    def test_b12x(self):
+        x, ids, scales = tokens()
+        weights = Weights(group=0)
+        arguments = [x, weights.w1, weights.w1_sf, weights.w2, weights.w2_sf, ids, scales, E, K]
+        alphas = {"w1_alpha": weights.alpha1, "w2_alpha": weights.alpha2}
+        self.agree("b12x_fused_moe", arguments, {**alphas, "quant_mode": "w4a16"}, 4e-3)
+        self.agree("b12x_fused_moe", arguments, {**alphas, "activation": "gelu_tanh", "fc2_input_scale": torch.tensor([0.125]),
+                                                 "input_global_scale": torch.full((E,), 0.5)}, 2e-2)
+
+    def test_wrappers_in_a_graph_follow_tokens_and_routing(self):
+        weights = Weights(group=0)
+        for tensor in ("w1", "w1_sf", "w2", "w2_sf", "alpha1", "alpha2"):
+            setattr(weights, tensor, getattr(weights, tensor).cuda())
+        moe = face.B12xMoEWrapper(E, K, H, I, use_cuda_graph=True, max_num_tokens=T, quant_mode="w4a16")
+        x, ids, scales = (tensor.cuda() for tensor in tokens())
+
+        def run(x, ids, scales):
+            return moe.run(x, weights.w1, weights.w1_sf, weights.w2, weights.w2_sf, ids, scales, w1_alpha=weights.alpha1,
+                           w2_alpha=weights.alpha2)
+
+        run(x, ids, scales)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(x, ids, scales)
+        for seed in range(2, 8):
+            fresh = [tensor.cuda() for tensor in tokens(seed=seed)]
+            for old, new in zip((x, ids, scales), fresh):
+                old.copy_(new)
+            out.fill_(torch.nan)
+            graph.replay()
+            found = out.clone()
+            self.assertTrue(torch.equal(found, run(*fresh)))
+
+
 if __name__ == "__main__":
     unittest.main()

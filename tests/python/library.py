@@ -24,7 +24,7 @@ class Options(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("hidden_states", Tensor), ("router_logits", Tensor),
+    _fields_ = [("struct_size", ctypes.c_size_t), ("hidden_states", Tensor), ("hidden_scales", Tensor), ("router_logits", Tensor),
                 ("topk_ids", Tensor), ("topk_weights", Tensor), ("output", Tensor),
                 ("picked_ids", ctypes.c_void_p), ("picked_weights", ctypes.c_void_p), ("stream", ctypes.c_void_p)]
 
@@ -46,12 +46,12 @@ def from_bf16(bits):
 class Library:
     """The experts of one checkpoint on one backend, in one precision."""
 
-    def __init__(self, folder, precision, backend=b"cpu"):
+    def __init__(self, folder, precision, backend=b"cpu", device=None):
         self.c = ctypes.CDLL(str(BUILD / "libfourmoe.so"))
         self.c.fourmoe_last_error.restype = ctypes.c_char_p
         checkpoint = ctypes.c_void_p()
         self.check(self.c.fourmoe_checkpoint_open(str(folder).encode(), ctypes.byref(checkpoint)))
-        options = Options(ctypes.sizeof(Options), backend, precision, 0, 0, None, None)
+        options = Options(ctypes.sizeof(Options), backend, precision, 0, 0, None, device)
         indices, count = (ctypes.c_int32 * 64)(), ctypes.c_int64()
         self.check(self.c.fourmoe_checkpoint_layers(checkpoint, indices, ctypes.c_int64(64), ctypes.byref(count)))
         self.layers = {index: ctypes.c_void_p() for index in indices[:count.value]}

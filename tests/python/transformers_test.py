@@ -100,6 +100,16 @@ class Families(unittest.TestCase):
         face.forget(model)  # the parameters were changed
         self.assertGreater(relative_l2(module(x, ids, weights), expected), 0.1)
 
+    def test_mxfp4_of_gpt_oss_stays_in_4_bits(self):
+        check_mxfp4(self, "cpu")
+
+    def test_mxfp4_is_transformers_own_for_other_implementations(self):
+        with tempfile.TemporaryDirectory() as folder:
+            dense = save_mxfp4(folder)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager",
+                                                                      dtype=torch.bfloat16)
+            self.assertTrue(torch.equal(experts_of(model)[0].down_proj, experts_of(dense)[0].down_proj))
+
     def test_unknown_activations_are_refused(self):
         model = make_model("mixtral")
         module = experts_of(model)[0]
@@ -117,26 +127,81 @@ class Families(unittest.TestCase):
         torch.testing.assert_close(compiled(x, ids, weights), module(x, ids, weights), rtol=0, atol=0)
 
 
+def save_mxfp4(folder):
+    """A gpt-oss checkpoint as OpenAI stores it, experts of random MXFP4; returns the model with the same values in bf16."""
+    model = make_model("gpt_oss", torch.bfloat16)
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if not face.is_experts(module):
+            continue
+        for projection in ("gate_up_proj", "down_proj"):
+            experts, inputs, outputs = state[f"{name}.{projection}"].shape
+            codes = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(121, 125, (experts, outputs, inputs // 32), dtype=torch.uint8)
+            values = fourmoe.decode(codes.flatten(2), scales)
+            getattr(module, projection).copy_(values.transpose(1, 2))
+            state.pop(f"{name}.{projection}")
+            state |= {f"{name}.{projection}_blocks": codes, f"{name}.{projection}_scales": scales}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, pathlib.Path(folder) / "model.safetensors",
+              {"format": "pt"})
+    config = {**model.config.to_dict(), "quantization_config": {"quant_method": "mxfp4"}}
+    del config["moe_intermediate_size"]  # of the other families
+    (pathlib.Path(folder) / "config.json").write_text(json.dumps(config, default=str))
+    return model
+
+
+def check_mxfp4(test, device, precision="fourmoe"):
+    with tempfile.TemporaryDirectory() as folder:
+        dense = save_mxfp4(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation=precision).eval().to(device)
+        tokens = torch.randint(0, 96, (1, 7), device=device)
+        test.assertEqual(model(tokens).logits.device.type, device)
+        modules = experts_of(model)
+        test.assertEqual([name for module in modules for name, _ in module.named_parameters()], [])
+        for module, own in zip(modules, experts_of(dense.float())):
+            test.assertEqual([layer.encoding for layer in module._fourmoe_layers.values()],
+                             ["mxfp4"] * len(module._fourmoe_layers))
+            x, ids, weights = torch.randn(9, 64).bfloat16(), torch.rand(9, 8).topk(3).indices, torch.rand(9, 3)
+            expected = own(x.float(), ids, weights)
+            found = module(x.to(device), ids.to(device), weights.to(device))
+            test.assertLess(relative_l2(found.float().cpu(), expected), 5e-3)  # two roundings to bf16
+
+
 def load(folder, implementation, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(TINY / folder, experts_implementation=implementation,
                                                              **options).eval()
 
 
 def bits_per_byte(model):
-    windows = CAPTURE["tokens"].long()
+    windows = CAPTURE["tokens"].long().to(model.device)
     nats = [torch.nn.functional.cross_entropy(model(window[None, :-1], use_cache=False).logits[0], window[1:])
             for window in windows]
     return float(sum(nats)) / len(windows) / math.log(2)
 
 
+def expected_bits(name):
+    with open(TINY / "capture.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return float(header["__metadata__"][f"bits_per_byte.{name}"])
+
+
+def check_bits(test, model, name, tolerance):
+    bits, expected = bits_per_byte(model), expected_bits(name)
+    print(f"bits per byte through transformers on {model.device}, {name}: {bits:.4f} (torch {expected:.4f})", file=sys.stderr)
+    test.assertAlmostEqual(bits, expected, delta=tolerance)
+
+
+def check_text(test, model, prompt, what):
+    output = model.generate(torch.tensor([list(prompt)], device=model.device), max_new_tokens=60, do_sample=False)
+    text = bytes(output[0].tolist())
+    print(f"{what}: {text.decode('ascii', 'replace')!r}", file=sys.stderr)
+    test.assertTrue(text.startswith(prompt + b"priest"))
+    test.assertGreater(len(text[len(prompt):].split()[:-1]), 8)
+
+
 class TinyModel(unittest.TestCase):
     def measure(self, folder, implementation, name, tolerance):
-        bits = bits_per_byte(load(folder, implementation, dtype=torch.float32))
-        with open(TINY / "capture.safetensors", "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        expected = float(header["__metadata__"][f"bits_per_byte.{name}"])
-        print(f"bits per byte through transformers, {name}: {bits:.4f} (torch {expected:.4f})", file=sys.stderr)
-        self.assertAlmostEqual(bits, expected, delta=tolerance)
+        check_bits(self, load(folder, implementation, dtype=torch.float32), name, tolerance)
 
     # Bounds as in quality_test.py.
     def test_bits_per_byte_bf16(self):
@@ -151,12 +216,7 @@ class TinyModel(unittest.TestCase):
     def test_generates_text(self):
         prompt = b"And the priest said unto the "
         for folder, implementation in (("bf16", "fourmoe"), ("nvfp4", "fourmoe"), ("nvfp4", "fourmoe_w4a4")):
-            output = load(folder, implementation).generate(torch.tensor([list(prompt)]), max_new_tokens=60, do_sample=False)
-            text = bytes(output[0].tolist())
-            print(f"{folder}, {implementation}: {text.decode('ascii', 'replace')!r}", file=sys.stderr)
-            self.assertTrue(text.startswith(prompt + b"priest"))
-            words = text[len(prompt):].split()[:-1]
-            self.assertGreater(len(words), 8)
+            check_text(self, load(folder, implementation), prompt, f"{folder}, {implementation}")
 
     def test_the_same_text_as_transformers_own_experts(self):
         prompt = torch.tensor([list(b"In the beginning ")])
@@ -171,21 +231,13 @@ class TinyModel(unittest.TestCase):
         self.assertEqual(layer.encoding, "nvfp4")
         self.assertLess(layer.packed_bytes, 32 * 3 * 128 * 64 * 0.65)
 
-    def test_on_a_gpu(self):
-        if not torch.cuda.is_available():
-            self.skipTest("no GPU here")
-        model = load("nvfp4", "fourmoe", dtype=torch.bfloat16)
-        tokens = CAPTURE["tokens"][0, :64].long()[None]
-        host = model(tokens).logits.float()
-        try:
-            device = model.cuda()(tokens.cuda()).logits.float().cpu()
-        except fourmoe.UnavailableError as error:
-            self.skipTest(str(error))
-        self.assertLess(relative_l2(device, host), 5e-2)  # attention in bf16 is torch's own on each
-
     def test_other_implementations_are_refused(self):
         with self.assertRaisesRegex(ValueError, "experts_implementation is 'eager', but .* expected one of fourmoe, fourmoe"):
             load("nvfp4", "eager")
+
+    def test_conversions_come_with_the_model_or_without_it(self):
+        quantizer = face.ModelOptQuantizer(face.ModelOptConfig(quant_algo="NVFP4"))
+        self.assertEqual((quantizer.update_weight_conversions([]), quantizer.update_weight_conversions([], None)), ([], []))
 
     def test_quantised_attention_is_decoded(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -202,6 +254,73 @@ class TinyModel(unittest.TestCase):
             self.assertEqual(weight.dtype, torch.bfloat16)
             torch.testing.assert_close(weight, fourmoe.decode(codes, scales, scale_2).bfloat16(), rtol=0, atol=0)
             self.assertLess(relative_l2(weight.float(), dense.float()), 0.12)
+
+
+class OnAGpu(unittest.TestCase):
+    def setUp(self):
+        if not torch.cuda.is_available():
+            self.skipTest("no GPU here")
+        try:
+            fourmoe.load(TINY / "nvfp4", layer=0, device="cuda")
+        except fourmoe.UnavailableError as error:
+            self.skipTest(str(error))
+
+    def test_families(self):
+        for family in FAMILIES:
+            host, device = make_model(family, torch.bfloat16), make_model(family, torch.bfloat16).cuda()
+            host.float().set_experts_implementation("eager")
+            device.set_experts_implementation("fourmoe")
+            torch.manual_seed(1)
+            x, ids, weights = torch.randn(33, 64).bfloat16(), torch.rand(33, 8).topk(3).indices, torch.rand(33, 3)
+            expected = experts_of(host)[0](x.float(), ids, weights)
+            found = experts_of(device)[0](x.cuda(), ids.cuda(), weights.cuda())
+            self.assertEqual((found.dtype, found.device.type), (torch.bfloat16, "cuda"))
+            self.assertLess(relative_l2(found.float().cpu(), expected), 5e-3, family)  # two roundings to bf16
+
+    def test_whole_models(self):
+        for family in FAMILIES:
+            model = make_model(family, torch.bfloat16).cuda()
+            tokens = torch.randint(0, 96, (2, 11), device="cuda")
+            model.set_experts_implementation("eager")
+            expected = model(tokens).logits
+            model.set_experts_implementation("fourmoe")
+            found = model(tokens).logits
+            # As on a CPU: a token near a tie of its router takes another expert.
+            close = ((found - expected).float().norm(dim=-1) < 0.1 * expected.float().norm(dim=-1)).float().mean()
+            self.assertGreater(float(close), 0.8, family)
+
+    def test_compile_without_graph_breaks(self):
+        model = make_model("qwen3_moe", torch.bfloat16).cuda()
+        model.set_experts_implementation("fourmoe")
+        face.prepare(model)
+        module = experts_of(model)[0]
+        call = (torch.randn(5, 64, device="cuda").bfloat16(), torch.rand(5, 8, device="cuda").topk(3).indices,
+                torch.rand(5, 3, device="cuda"))
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(module, fullgraph=True)(*call), module(*call), rtol=0, atol=0)
+
+    # As on a CPU: attention in f32, bounds as in quality_test.py. Experts of the bf16 model are bf16, which is exact.
+    def test_bits_per_byte(self):
+        for folder, implementation, name, tolerance in (("bf16", "fourmoe", "bf16", 5e-4), ("nvfp4", "fourmoe", "w4a16", 5e-4),
+                                                        ("nvfp4", "fourmoe_w4a4", "w4a4", 3e-3)):
+            model = load(folder, implementation, dtype=torch.float32).cuda()
+            for module in experts_of(model):
+                module.bfloat16()
+            check_bits(self, model, name, tolerance)
+
+    def test_generates_text(self):
+        for folder, implementation in (("bf16", "fourmoe"), ("nvfp4", "fourmoe"), ("nvfp4", "fourmoe_w4a4")):
+            model = load(folder, implementation, device_map="cuda")
+            check_text(self, model, b"And the priest said unto the ", f"{folder}, {implementation}, on a GPU")
+
+    def test_mxfp4_of_gpt_oss(self):
+        check_mxfp4(self, "cuda")
+
+    def test_experts_of_f32_are_refused(self):
+        model = make_model("qwen3_moe").cuda()
+        model.set_experts_implementation("fourmoe")
+        with self.assertRaisesRegex(fourmoe.Error, "weights are f32; nvfp4, mxfp4 or bf16 would pass"):
+            model(torch.zeros(1, 4, dtype=torch.long, device="cuda"))
 
 
 if __name__ == "__main__":

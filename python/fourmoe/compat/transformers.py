@@ -4,8 +4,9 @@
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="fourmoe")
 
 "fourmoe" computes with exact weights and activations of 16 bits (w4a16), "fourmoe_w4a4" quantises activations to NVFP4
-too. Experts may be those of an NVFP4 checkpoint of ModelOpt, which transformers itself does not read and which stay in
-4 bits, or the model's own parameters (bf16, f16 or f32), read where they lie. Inference only.
+too. Experts may be those of an NVFP4 checkpoint of ModelOpt, which transformers itself does not read, or of an MXFP4
+checkpoint of gpt-oss; both stay in 4 bits. Or the model's own parameters (bf16, f16 or f32), read where they lie.
+Inference only.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import fourmoe
@@ -152,18 +154,13 @@ def _read(files: dict[str, pathlib.Path], name: str) -> torch.Tensor:
         return tensor
 
 
-class ModelOptQuantizer(HfQuantizer):
-    """Loads the NVFP4 experts of a ModelOpt checkpoint into fourmoe layers, where they stay in 4 bits.
+class ExpertsQuantizer(HfQuantizer):
+    """Loads the experts of a checkpoint into fourmoe layers, where they stay in 4 bits.
 
-    Other quantised linear layers are decoded to the model's dtype; the rest is loaded as transformers does.
+    Other linear layers in NVFP4 are decoded to the model's dtype; the rest is loaded as transformers does.
     """
 
     requires_calibration = False
-
-    def validate_environment(self, *arguments: Any, **options: Any) -> None:
-        config: Any = self.quantization_config
-        if "NVFP4" not in str(config.quant_algo):
-            raise ValueError(f"quant_algo is {config.quant_algo!r}, expected 'NVFP4'")
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, dtype: Any = None,
                                              **options: Any) -> None:
@@ -187,7 +184,7 @@ class ModelOptQuantizer(HfQuantizer):
     def _take_experts(self, module: Any, folder: pathlib.Path, layer: int) -> None:
         if module.config._experts_implementation not in IMPLEMENTATIONS:
             raise ValueError(f"experts_implementation is {module.config._experts_implementation!r}, but {folder} has "
-                             f"NVFP4 experts: expected one of {', '.join(IMPLEMENTATIONS)}")
+                             f"experts in 4 bits: expected one of {', '.join(IMPLEMENTATIONS)}")
         self._empty(module, list(module._parameters))
         module.__dict__["_fourmoe_source"] = {"path": folder, "layer": layer, "shared": False}
 
@@ -204,7 +201,7 @@ class ModelOptQuantizer(HfQuantizer):
             module.weight = torch.nn.Parameter(values.to(model.device), requires_grad=False)
         prepare(model)
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         return [c for c in weight_conversions if not any(".experts" in s for s in c._original_source_patterns)]
 
     @property
@@ -215,6 +212,27 @@ class ModelOptQuantizer(HfQuantizer):
         return False
 
 
+class ModelOptQuantizer(ExpertsQuantizer):
+    """Of NVFP4 checkpoints that ModelOpt wrote."""
+
+    def validate_environment(self, *arguments: Any, **options: Any) -> None:
+        config: Any = self.quantization_config
+        if "NVFP4" not in str(config.quant_algo):
+            raise ValueError(f"quant_algo is {config.quant_algo!r}, expected 'NVFP4'")
+
+
+class Mxfp4Quantizer(Mxfp4HfQuantizer):
+    """transformers' own for gpt-oss, which becomes ours for a model whose experts_implementation is."""
+
+    def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **options: Any) -> None:
+        if model.config._experts_implementation not in IMPLEMENTATIONS:
+            super()._process_model_before_weight_loading(model, *arguments, **options)
+            return
+        self.__class__ = ExpertsQuantizer  # type: ignore[assignment]
+        ExpertsQuantizer._process_model_before_weight_loading(self, model, *arguments, **options)  # type: ignore[arg-type]
+
+
 if "modelopt" not in AUTO_QUANTIZER_MAPPING:
     register_quantization_config("modelopt")(ModelOptConfig)
     register_quantizer("modelopt")(ModelOptQuantizer)
+    AUTO_QUANTIZER_MAPPING["mxfp4"] = Mxfp4Quantizer
