@@ -50,9 +50,9 @@ TEST(TileOrder, CoversEverySlotOnce) {
 }
 
 TEST(TileChoice, FollowsTheSlotsOfAnExpert) {
-  const auto most = [](i64 slots, bool split) { return kTileShapes[choose({32, 128, slots, split}, 132)].sizes[0]; };
-  EXPECT_TRUE(kTileShapes[choose({32, 128, 8, true}, 132)].split);
-  EXPECT_FALSE(kTileShapes[choose({32, 128, 8, false}, 132)].split);
+  const auto most = [](i64 slots, bool split) { return kTileShapes[choose({32, 128, slots, split, false}, 132)].sizes[0]; };
+  EXPECT_TRUE(kTileShapes[choose({32, 128, 8, true, false}, 132)].split);
+  EXPECT_FALSE(kTileShapes[choose({32, 128, 8, false, false}, 132)].split);
   EXPECT_LE(most(8, false), 24);
   EXPECT_LE(most(64 * 8, true), 40);
   EXPECT_EQ(most(32768 * 8, true), 256);

@@ -229,7 +229,8 @@ TEST(Shipped, IsFollowed) {
   std::vector<std::string> notes;
   const std::string text = test::read_file(std::string(FOURMOE_SOURCE_DIR) + "/src/tune/shipped.json");
   const Book book = parse(text, "shipped.json", &notes);
-  EXPECT_TRUE(notes.empty()) << notes.front();
+  ASSERT_TRUE(notes.empty()) << notes.front();
+  ASSERT_FALSE(book.empty());
   EXPECT_EQ(book, shipped());
   EXPECT_EQ(to_text(book), text) << "fourmoe tune --output src/tune/shipped.json writes it";
   for (const Problem& p : {cases::problem(7168, 2048, 256, 8), cases::problem(4096, 1536, 128, 8),

@@ -34,7 +34,7 @@ i64 bytes(const Problem& problem, const Machine&) {
 
 Load load_of(const Problem& problem, i64 tokens) {
   const i32 rows = problem.activation.gated() ? 2 * problem.inter : problem.inter;
-  return {row_tiles(rows), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant};
+  return {row_tiles(rows), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant, true};
 }
 
 std::vector<Variant> variants_of(const Problem& problem, const Machine& machine, i64 tokens) {

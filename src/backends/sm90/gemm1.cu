@@ -11,7 +11,7 @@ Status launch_planes(const Gemm1& call, i32 multiprocessors, void* stream) {
                          static_cast<i32>(call.max_slots)};
   const Activate<kPlanes> epilogue{call.globals, call.gate_bias, call.up_bias, call.activation,
                                    call.y,       call.y_wide,    call.inter,   call.max_slots * call.inter};
-  const Load load{weights.row_tiles, call.experts, call.expected_slots, call.split};
+  const Load load{weights.row_tiles, call.experts, call.expected_slots, call.split, true};
   int tile = call.tile >= 0 ? call.tile : choose(call.form);
   if (tile < 0) tile = choose(load, multiprocessors);
   const Gemm<Activate<kPlanes>> gemm{{call.rows, call.max_slots * kPlanes, call.hidden, call.hidden},

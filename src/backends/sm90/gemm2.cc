@@ -8,7 +8,8 @@ namespace fourmoe::sm90 {
 namespace {
 
 std::vector<Variant> variants_of(const Problem& problem, const Machine& machine, i64 tokens) {
-  const Load load{row_tiles(problem.hidden), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant};
+  const Load load{row_tiles(problem.hidden), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant,
+                  false};
   return variants(load, form_of(problem), device_of(machine)->sms);
 }
 

@@ -89,7 +89,7 @@ Status run(const Bound& bound) {
 }  // namespace
 
 Load load_of(const Problem& problem, i64 tokens) {
-  return {row_tiles(problem.hidden), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant};
+  return {row_tiles(problem.hidden), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant, false};
 }
 
 i32 most_hits(const Problem& problem) { return std::min(problem.local_experts, kFewTokens * problem.top_k); }

@@ -118,6 +118,16 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   return gpu::launch(multiply_tiles<T, Layer<T>>, shape, stream, job);
 }
 
+template <int kTile = kWholeTile>
+Status launch_shape(int tile, const Whole& call, i32 multiprocessors, void* stream) {
+  if constexpr (kTile < kAllTileShapes) {
+    if (tile != kTile) return launch_shape<kTile + 1>(tile, call, multiprocessors, stream);
+    return launch_layer<kTile>(call, multiprocessors, stream);
+  } else {
+    return refuse(Reason::internal, "no tile " + std::to_string(tile));
+  }
+}
+
 }  // namespace
 
 Status launch(const Whole& call, i32 multiprocessors, void* stream) {
@@ -128,9 +138,7 @@ Status launch(const Whole& call, i32 multiprocessors, void* stream) {
   if (!status.ok()) return status;
   const Problem& problem = call.slots.problem;
   const int tile = call.tile >= 0 ? call.tile : choose_whole(load_of(problem, call.slots.tokens), multiprocessors);
-  if (tile == kWholeTile) return launch_layer<kWholeTile>(call, multiprocessors, stream);
-  if (tile == kWholeTile + 1) return launch_layer<kWholeTile + 1>(call, multiprocessors, stream);
-  return launch_layer<kWholeTile + 2>(call, multiprocessors, stream);
+  return launch_shape(tile, call, multiprocessors, stream);
 }
 
 }  // namespace fourmoe::sm90
