@@ -1,0 +1,120 @@
+// The one launch for few tokens, replayed with changing routing while another stream takes multiprocessors away: no
+// call may hang, and none may differ by a bit. FOURMOE_REPLAYS sets how many calls a test makes.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "case.h"
+#include "gpu/runtime.h"
+#include "hopper.h"
+#include "layer.h"
+#include "memory.h"
+#include "mirror.h"
+
+namespace fourmoe {
+namespace {
+
+using testing::DeviceVector;
+using testing::require;
+
+constexpr int kRoutings = 16;
+constexpr i64 kWords = 64 * 1024;  // most of an output
+
+i64 replays() {
+  const char* given = std::getenv("FOURMOE_REPLAYS");
+  return given == nullptr ? 8000 : std::max<i64>(std::atoll(given), kRoutings);
+}
+
+// Counts words in which `output` and `expected` differ.
+__global__ void compare(const u32* output, const u32* expected, i64 words, u32* different) {
+  for (i64 i = blockIdx.x * blockDim.x + threadIdx.x; i < words; i += gridDim.x * blockDim.x) {
+    if (output[i] != expected[i]) atomicAdd(different, 1u);
+  }
+}
+
+// Holds its multiprocessors: a block that leaves no room beside it.
+__global__ void hold(i64 cycles) {
+  extern __shared__ u8 room[];
+  if (cycles < 0) room[0] = 1;
+  for (const i64 begin = clock64(); clock64() - begin < cycles;) {
+  }
+}
+
+// A call's tensors in device memory, and what it should give.
+struct Routed {
+  std::unique_ptr<cases::Call> data;
+  std::vector<u8> output;
+  std::unique_ptr<cases::Mirror> mirror;
+  DeviceVector<u32> expected{kWords};
+};
+
+class Replays : public ::testing::TestWithParam<i32> {
+ protected:
+  // One call of every routing, of which the results are kept.
+  void make_calls(Layer* layer, cases::Spec spec, void* stream) {
+    for (int i = 0; i < kRoutings; ++i) {
+      spec.seed = 100 + i;
+      spec.routes = static_cast<cases::Routes>(i % 4);
+      Routed& routed = calls_.emplace_back();
+      routed.data = std::make_unique<cases::Call>(spec);
+      routed.mirror = std::make_unique<cases::Mirror>(*layer, routed.data->view(&routed.output, format::Dtype::f32));
+      routed.mirror->call().stream = stream;
+      throw_unless_ok(layer->run(routed.mirror->call(), {workspace_.data(), workspace_.bytes()}));
+      throw_unless_ok(layer->wait(stream));
+      require(cudaMemcpy(routed.expected.data(), output(routed), bytes(spec), cudaMemcpyDeviceToDevice), "keep");
+    }
+  }
+  static const u32* output(const Routed& r) { return reinterpret_cast<const u32*>(r.mirror->call().output.data); }
+  static i64 bytes(const cases::Spec& spec) { return i64{spec.tokens} * spec.problem.hidden * 4; }
+
+  std::vector<Routed> calls_;
+  gpu::Buffer workspace_;
+};
+
+TEST_P(Replays, NeitherHangNorDiffer) {
+  FOURMOE_NEEDS_HOPPER();
+  cases::Spec spec;
+  spec.problem = cases::problem(512, 128, 64, 8);
+  spec.tokens = GetParam();
+  LayerOptions options;
+  options.device = 0;
+  options.max_tokens = 8;
+  Layer layer(cases::random_layer(spec.problem, 1, true), options);
+  gpu::OwnStream stream, other;
+  throw_unless_ok(gpu::OwnStream::make(&stream));
+  throw_unless_ok(gpu::OwnStream::make(&other));
+  throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, layer.workspace_bytes(), "workspace", &workspace_));
+  make_calls(&layer, spec, stream.get());
+
+  DeviceVector<u32> different(std::vector<u32>{0});
+  gpu::Graph graph;
+  throw_unless_ok(gpu::Graph::capture(
+      stream.get(),
+      [&] {
+        for (const Routed& r : calls_) {
+          if (Status status = layer.run(r.mirror->call(), {workspace_.data(), workspace_.bytes()}); !status.ok())
+            return status;
+          compare<<<4, 256, 0, static_cast<cudaStream_t>(stream.get())>>>(output(r), r.expected.data(), bytes(spec) / 4,
+                                                                          different.data());
+        }
+        return Status{};
+      },
+      &graph));
+  require(cudaFuncSetAttribute(hold, cudaFuncAttributeMaxDynamicSharedMemorySize, 200 << 10), "room");
+  for (i64 round = 0; round < replays() / kRoutings; ++round) {
+    throw_unless_ok(graph.launch(stream.get()));
+    const int blocks = 1 + static_cast<int>(round * 37 % 131);
+    hold<<<blocks, 32, 200 << 10, static_cast<cudaStream_t>(other.get())>>>(20'000 + round % 7 * 30'000);
+    if (round % 64 == 63) require(cudaStreamSynchronize(static_cast<cudaStream_t>(other.get())), "hold");
+  }
+  throw_unless_ok(layer.wait(stream.get()));
+  require(cudaDeviceSynchronize(), "replays");
+  EXPECT_EQ(different.download()[0], 0u);
+}
+
+INSTANTIATE_TEST_SUITE_P(Tokens, Replays, ::testing::Values(1, 2, 8));
+
+}  // namespace
+}  // namespace fourmoe
