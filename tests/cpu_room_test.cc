@@ -465,6 +465,23 @@ TEST_P(CpuRoom, TheRestOfTheBatchDoesNotChangeABit) {
 }
 
 // Whole numbers and f32 give the same sums of a block, so the levels agree on w4a4 to the last bit.
+// Every token, in batches that fill one to eight tiles of 16 rows and a second chunk.
+TEST_P(CpuRoom, NoTokenOfABatchChangesABit) {
+  cases::Spec spec = spec_of(176, 80, 150);
+  spec.routes = Routes::one_expert;
+  spec.problem.top_k = 1;
+  Stages most(spec);
+  const Bits all = run_bits(&most, how());
+  for (const i32 tokens : {16, 31, 33, 48, 49, 64, 65, 80, 96, 97, 113, 128}) {
+    spec.tokens = tokens;  // the first of those tokens
+    Stages batch(spec);
+    const Bits bits = run_bits(&batch, how());
+    ASSERT_EQ(batch.slots(), tokens);
+    ASSERT_EQ(0, std::memcmp(all.partial.data(), bits.partial.data(), 4 * i64{tokens} * spec.problem.hidden)) << tokens;
+    ASSERT_EQ(0, std::memcmp(all.rows.data(), bits.rows.data(), 2 * i64{tokens} * spec.problem.inter)) << tokens;
+  }
+}
+
 TEST(CpuRoomLevels, W4a4IsTheSameFromAvx512On) {
   if (machine().cpu_level < CpuLevel::vnni) GTEST_SKIP() << "this machine has no level vnni";
   for (const Encoding encoding : {Encoding::nvfp4, Encoding::mxfp4}) {

@@ -50,7 +50,9 @@ TEST(TileOrder, CoversEverySlotOnce) {
 }
 
 TEST(TileChoice, FollowsTheSlotsOfAnExpert) {
-  const auto most = [](i64 slots, bool split) { return kTileShapes[choose({32, 128, slots, split, false}, 132)].sizes[0]; };
+  const auto most = [](i64 slots, bool split) {
+    return kTileShapes[choose({32, 128, slots, split, false}, 132)].sizes[0];
+  };
   EXPECT_TRUE(kTileShapes[choose({32, 128, 8, true, false}, 132)].split);
   EXPECT_FALSE(kTileShapes[choose({32, 128, 8, false, false}, 132)].split);
   EXPECT_LE(most(8, false), 24);

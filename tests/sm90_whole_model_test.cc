@@ -1,8 +1,8 @@
 // The queue of sm90's one launch (backends/sm90/whole.cuh), as a model of which every interleaving is visited: blocks
 // take tiles of both GEMMs by tickets, know some of them ahead, load a tile of gemm2 when its hit's tiles of gemm1 are
-// reported, multiply, and hand the sums to an epilogue, which reports tiles one behind the other; whoever reports the last
-// hit of some columns adds them up. Searched for deadlocks, tiles done twice or too early, and sums taken twice or before
-// their terms.
+// reported, multiply, and hand the sums to an epilogue, which reports tiles one behind the other; whoever reports the
+// last hit of some columns adds them up. Searched for deadlocks, tiles done twice or too early, and sums taken twice or
+// before their terms.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -24,8 +24,8 @@ struct World {
   int hits = 2;
   int rows1 = 2;  // row tiles of gemm1, of a hit
   int rows2 = 2;
-  int ahead = 2;   // tiles that a block knows and has not multiplied
-  int handed = 1;  // and that it has multiplied and not reported
+  int ahead = 2;             // tiles that a block knows and has not multiplied
+  int handed = 1;            // and that it has multiplied and not reported
   bool tickets = true;       // false: tiles are dealt to the blocks in turn, come or not
   bool first_given = false;  // true: a block's first tile is its own number, and only the others are taken
   bool first_first = true;   // false: tiles of gemm2 stand before those of gemm1

@@ -14,7 +14,8 @@ import pathlib
 import subprocess
 import tempfile
 
-SHAPES = {"qwen3-30b": "2048,768,128,8"}
+# dsv3-expert: DeepSeek-V3's experts, 32 of its 256, so that two layers of them fit small machines.
+SHAPES = {"qwen3-30b": "2048,768,128,8", "dsv3-expert": "7168,2048,32,8"}
 RIVALS = [("nvfp4", False), ("mxfp4", True), ("q4_0", True), ("q4_K", True)]
 
 
@@ -22,7 +23,7 @@ def bench(args, tokens, precision, threads):
     """One call of fourmoe bench: its record, with the case of random routing alone."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "record.json"
-        command = [args.command, "bench", "--shape", args.shape, "--tokens", str(tokens), "--precision", precision,
+        command = [args.command, "bench", "--shape", SHAPES[args.shape], "--tokens", str(tokens), "--precision", precision,
                    "--threads", str(threads), "--seconds", str(args.seconds), "--output", str(path)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         record = json.loads(path.read_text())
@@ -94,23 +95,32 @@ def draw(rows, path):
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    names = dict.fromkeys((found["type"], found["repacked"]) for row in rows for found in row["ggml"])
+    panels = 2 if names else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), constrained_layout=True, squeeze=False)
+    draw_shares(axes[0][0], rows)
+    if names:
+        draw_rivals(axes[0][1], rows, names)
+    figure.savefig(path)
+
+
+def draw_shares(axis, rows):
     tokens = [row["tokens"] for row in rows]
     for name in ("w4a16", "w4a4"):
-        left.plot(tokens, [row[name]["case"]["share_of_read"] for row in rows], "o-", label=f"{name}, of read")
-    left.plot(tokens, [row["w4a16"]["case"]["share_of_peak"] for row in rows], "s--", label="w4a16, of AMX bf16")
-    left.set(title="share of the ceilings of the same call", xlabel="tokens", xscale="log", ylim=(0, 1))
-    left.legend()
-    names = dict.fromkeys((found["type"], found["repacked"]) for row in rows for found in row["ggml"])
+        axis.plot(tokens, [row[name]["case"]["share_of_read"] for row in rows], "o-", label=f"{name}, of read")
+    axis.plot(tokens, [row["w4a16"]["case"]["share_of_peak"] for row in rows], "s--", label="w4a16, of AMX bf16")
+    axis.set(title="share of the ceilings of the same call", xlabel="tokens", xscale="log", ylim=(0, 1))
+    axis.legend()
+
+
+def draw_rivals(axis, rows, names):
     for kind, repacked in names:
         points = [(row["tokens"], found["median_us"] / row["w4a16"]["case"]["median_us"]) for row in rows
                   for found in row["ggml"] if (found["type"], found["repacked"]) == (kind, repacked)]
-        right.plot(*zip(*points), "o-", label=f"ggml {kind}{', repacked' if repacked else ''}")
-    right.set(title="ggml's time over w4a16's", xlabel="tokens", xscale="log", yscale="log")
-    right.axhline(1, color="grey", linestyle=":")
-    if names:
-        right.legend()
-    figure.savefig(path)
+        axis.plot(*zip(*points), "o-", label=f"ggml {kind}{', repacked' if repacked else ''}")
+    axis.set(title="ggml's time over w4a16's", xlabel="tokens", xscale="log", yscale="log")
+    axis.axhline(1, color="grey", linestyle=":")
+    axis.legend()
 
 
 def main():

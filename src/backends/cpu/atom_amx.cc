@@ -26,16 +26,17 @@ namespace fourmoe::cpu {
 namespace {
 
 constexpr int kTileRows = 16;                // of a tile register
-constexpr int kTile = 8 * kTileRows;         // tokens that share a decoded stretch
+constexpr int kTile = 8 * kTileRows;         // tokens of one configuration
 constexpr int kStepBytes = 64;               // 32 bf16
 constexpr int kBlockBytes = 9 * kPanelRows;  // codes and scales
 constexpr int kGroupBlocks = 4;
 constexpr int kGroupBytes = kGroupBlocks * kBlockBytes;
+constexpr int kGroupLines = kGroupBytes / 64;
+constexpr int kFirstLines = 5;                      // of a group's lines, asked for with its first step
 constexpr int kDecodedBlock = 16 * kPanelRows * 2;  // bytes
-constexpr int kDecodedGroup = kGroupBlocks * kDecodedBlock;
-constexpr int kStretchBlocks = 16;  // 256 columns; twice as many crowd the tokens out of the nearest cache
-constexpr int kDecodedStretch = kStretchBlocks * kDecodedBlock;
-constexpr int kAheadGroups = 4;  // 2304 bytes: measured, docs/cpu.md
+constexpr int kDecodedStep = 2 * kDecodedBlock;     // a tile
+constexpr int kMostTiles = 3;                       // of tokens, whose sums by two panels are registers
+constexpr int kAheadGroups = 4;                     // 2304 bytes: measured, docs/cpu.md
 
 // gcc 12's tile intrinsics say nothing of the memory that they read and write.
 FOURMOE_INLINE void fence() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
@@ -60,29 +61,48 @@ FOURMOE_INLINE void decode_half(const std::byte* codes, __m512h scale, std::byte
   }
 }
 
-// UE5M3 bytes of 16 rows as pairs of f16.
-FOURMOE_INLINE __m512h decode_scales(const std::byte* scales) {
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
-  return _mm512_castsi512_ph(_mm512_or_si512(_mm512_slli_epi32(bytes, 7), _mm512_slli_epi32(bytes, 23)));
+// For each block of a group, the byte of its scales that each byte of a vector takes: 16 rows, four times each.
+struct alignas(64) Spread {
+  unsigned char at[kGroupBlocks][64];
+
+  constexpr Spread() : at() {
+    for (int i = 0; i < kGroupBlocks * 64; ++i) at[i / 64][i % 64] = static_cast<unsigned char>(i / 4);
+  }
+};
+constexpr Spread kSpread;
+
+// UE5M3 bytes of a block's 16 rows as pairs of f16, of the scales of a group.
+FOURMOE_INLINE __m512h spread_scales(__m512i scales, int block) {
+  const __mmask64 upper = 0xaaaaaaaaaaaaaaaaull;
+  const __m512i at = _mm512_load_si512(kSpread.at[block]);
+  return _mm512_castsi512_ph(_mm512_srli_epi16(_mm512_maskz_permutexvar_epi8(upper, at, scales), 1));
 }
 
-FOURMOE_INLINE void decode_block(const std::byte* group, int count, int b, std::byte* decoded) {
-  const __m512h scale = decode_scales(group + (count * 8 + b) * kPanelRows);
-  const std::byte* codes = group + b * 8 * kPanelRows;
-  std::byte* out = decoded + b * kDecodedBlock;
+FOURMOE_INLINE void decode_block(const std::byte* codes, __m512h scale, std::byte* out) {
   decode_half(codes, scale, out);
   decode_half(codes + 4 * kPanelRows, scale, out + kDecodedBlock / 2);
 }
 
-// The blocks of a group as tiles; half a tile at the end is filled with zeros.
-FOURMOE_INLINE void decode_group(const std::byte* group, int count, std::byte* decoded) {
-  if (count == kGroupBlocks) {
-    FOURMOE_UNROLL for (int b = 0; b < kGroupBlocks; ++b) decode_block(group, kGroupBlocks, b, decoded);
-    return;
+// Step S of a whole group. Its scales are read once: the compiler must take it that stores change them.
+template <int S>
+FOURMOE_INLINE void decode_step(const std::byte* group, std::byte* out) {
+  const __m512i scales = _mm512_load_si512(group + kGroupBlocks * 8 * kPanelRows);
+  const __m512h first = spread_scales(scales, 2 * S);
+  const __m512h second = spread_scales(scales, 2 * S + 1);
+  const std::byte* codes = group + S * 16 * kPanelRows;
+  decode_block(codes, first, out);
+  decode_block(codes + 8 * kPanelRows, second, out + kDecodedBlock);
+}
+
+// The same of a last group of 1 to 3 blocks; a block that is not there has scales of zero.
+__attribute__((noinline)) void decode_last(const std::byte* group, int count, int step, std::byte* out) {
+  const __mmask64 inside = (1ull << (kPanelRows * count)) - 1;
+  const __m512i scales = _mm512_maskz_loadu_epi8(inside, group + count * 8 * kPanelRows);
+  for (int half = 0; half < 2; ++half) {
+    const int block = 2 * step + half;
+    const std::byte* codes = group + (block < count ? block : 0) * 8 * kPanelRows;
+    decode_block(codes, spread_scales(scales, block), out + half * kDecodedBlock);
   }
-  for (int b = 0; b < count; ++b) decode_block(group, count, b, decoded);
-  if (count % 2 == 0) return;
-  for (int i = 0; i < 8; ++i) _mm512_store_si512(decoded + count * kDecodedBlock + i * 64, _mm512_setzero_si512());
 }
 
 // A strip's m tokens are cut into tiles of one height. The last may reach beyond m: what it reads there are rows of the
@@ -94,7 +114,7 @@ struct Cut {
   explicit Cut(int tokens) : tiles((tokens + kTileRows - 1) / kTileRows), height((tokens + tiles - 1) / tiles) {}
 };
 
-// Tiles 0..3 hold sums, of panel p and tile of tokens t at p T + t; 4 and 5 hold tokens, 6 and 7 panels.
+// Tile registers: sums of panel p and tile of tokens t in p T + t, tokens in what is left of 0..6, a panel in 7.
 struct alignas(64) Config {
   unsigned char palette = 1;
   unsigned char start_row = 0;
@@ -103,7 +123,7 @@ struct alignas(64) Config {
   unsigned char rows[16] = {};
 
   explicit Config(const Cut& cut) {
-    for (int i = 0; i < 8; ++i) rows[i] = static_cast<unsigned char>(i < 6 ? cut.height : kTileRows);
+    for (int i = 0; i < 8; ++i) rows[i] = static_cast<unsigned char>(i < 7 ? cut.height : kTileRows);
   }
 };
 
@@ -115,158 +135,171 @@ void enter(std::int32_t tokens) {
 
 void leave() { _tile_release(); }
 
-// A strip's tokens from some step on.
+// A group of P neighbouring panels of a strip, and what follows it.
+template <int P>
+struct Groups {
+  const std::byte* data;  // of the first panel
+  std::int64_t stride;    // to the next panel
+  int left;               // blocks still to come, this group's included
+
+  FOURMOE_INLINE Groups(const Strip& strip, int p)
+      : data(strip.panels + p * strip.stride), stride(strip.stride), left(strip.blocks) {}
+
+  FOURMOE_INLINE void next() {
+    data += kGroupBytes;
+    left -= kGroupBlocks;
+  }
+
+  // Asks for the lines of a step of a later group. What follows the end of a panel that is multiplied beside another is
+  // not the next panel but the one after it.
+  template <int S>
+  FOURMOE_INLINE void prefetch(int panel) const {
+    const std::int64_t skip = left > kAheadGroups * kGroupBlocks ? 0 : (P - 1) * stride;
+    const std::byte* ahead = data + panel * stride + skip + kAheadGroups * kGroupBytes;
+    FOURMOE_UNROLL for (int line = S * kFirstLines; line < (S == 0 ? kFirstLines : kGroupLines); ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + line * 64), _MM_HINT_T0);
+    }
+  }
+
+  // Step S of the group, if there is one.
+  template <int S>
+  FOURMOE_INLINE void decode(std::byte (*out)[kDecodedStep]) const {
+    if (left <= 2 * S) return;
+    FOURMOE_UNROLL for (int i = 0; i < P; ++i) {
+      prefetch<S>(i);
+      if (left >= kGroupBlocks) decode_step<S>(data + i * stride, out[i]);
+      else decode_last(data + i * stride, left, S, out[i]);
+    }
+  }
+};
+
+// A strip's tokens from some row and step on.
 struct Tokens {
   const std::byte* x;   // [steps, m, 64 bytes]
   std::int64_t stride;  // bytes from step to step
-  int height;           // of a tile
+  std::int64_t tile;    // bytes from tile to tile
 
-  FOURMOE_INLINE Tokens(const Strip& strip, const Cut& cut)
-      : x(strip.x), stride(strip.tokens * std::int64_t{kStepBytes}), height(cut.height) {}
-  FOURMOE_INLINE const std::byte* row(int index) const { return x + index * kStepBytes; }
+  FOURMOE_INLINE Tokens(const Strip& strip, const Cut& cut, int row)
+      : x(strip.x + row * kStepBytes), stride(strip.tokens * std::int64_t{kStepBytes}), tile(cut.height * kStepBytes) {}
 };
 
-// `steps` steps of P decoded panels, `panel` bytes apart, by T tiles of tokens from `row` on.
+// A step of P decoded panels by one or two tiles of tokens.
 template <int P, int T>
-FOURMOE_INLINE void multiply_steps(const std::byte* decoded, int panel, const Tokens& tokens, int row, int steps) {
-  const std::byte* x = tokens.row(row);
-  for (int step = 0; step < steps; ++step, x += tokens.stride, decoded += 2 * kDecodedBlock) {
-    _tile_loadd(4, x, kStepBytes);
-    if constexpr (T == 2) _tile_loadd(5, x + tokens.height * kStepBytes, kStepBytes);
-    _tile_loadd(6, decoded, kStepBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (T == 2) _tile_dpbf16ps(1, 5, 6);
-    if constexpr (P == 2) _tile_loadd(7, decoded + panel, kStepBytes);
-    if constexpr (P == 2 && T == 1) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (P == 2 && T == 2) _tile_dpbf16ps(2, 4, 7);
-    if constexpr (P == 2 && T == 2) _tile_dpbf16ps(3, 5, 7);
-  }
+FOURMOE_INLINE void multiply_by_two(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens) {
+  _tile_loadd(4, tokens.x, kStepBytes);
+  if constexpr (T == 2) _tile_loadd(5, tokens.x + tokens.tile, kStepBytes);
+  _tile_loadd(7, decoded[0], kStepBytes);
+  _tile_dpbf16ps(0, 4, 7);
+  if constexpr (T == 2) _tile_dpbf16ps(1, 5, 7);
+  if constexpr (P == 1) return;
+  _tile_loadd(7, decoded[P - 1], kStepBytes);
+  if constexpr (T == 1) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (T == 2) _tile_dpbf16ps(2, 4, 7);
+  if constexpr (T == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// Sums of P panels by all tokens, as the tile registers leave and find them.
+// By three, which leave one register to tokens.
 template <int P>
-struct alignas(64) Accumulators {
-  float sums[P][kTile][kPanelRows];
+FOURMOE_INLINE void multiply_by_three(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens) {
+  _tile_loadd(6, tokens.x, kStepBytes);
+  _tile_loadd(7, decoded[0], kStepBytes);
+  _tile_dpbf16ps(0, 6, 7);
+  _tile_loadd(6, tokens.x + tokens.tile, kStepBytes);
+  _tile_dpbf16ps(1, 6, 7);
+  _tile_loadd(6, tokens.x + 2 * tokens.tile, kStepBytes);
+  _tile_dpbf16ps(2, 6, 7);
+  if constexpr (P == 1) return;
+  _tile_loadd(7, decoded[P - 1], kStepBytes);
+  _tile_dpbf16ps(5, 6, 7);
+  _tile_loadd(6, tokens.x + tokens.tile, kStepBytes);
+  _tile_dpbf16ps(4, 6, 7);
+  _tile_loadd(6, tokens.x, kStepBytes);
+  _tile_dpbf16ps(3, 6, 7);
+}
 
-  // The address of tile register i's first row, for T tiles of tokens from `row` on.
-  template <int T>
-  FOURMOE_INLINE float* at(int i, int row, int height) {
-    return sums[i / T][row + i % T * height];
+template <int P, int T>
+FOURMOE_INLINE void multiply_step(const std::byte (*decoded)[kDecodedStep], Tokens* tokens) {
+  fence();
+  if constexpr (T == kMostTiles) multiply_by_three<P>(decoded, *tokens);
+  else multiply_by_two<P, T>(decoded, *tokens);
+  fence();
+  tokens->x += tokens->stride;
+}
+
+// Sums of P panels by T tiles of tokens as the tile registers leave them.
+template <int P, int T>
+struct alignas(64) TileSums {
+  float sums[P][T * kTileRows][kPanelRows];
+
+  // Where tile register i goes.
+  FOURMOE_INLINE float* at(int i, int height) { return sums[i / T][i % T * height]; }
+
+  FOURMOE_INLINE void store(int height) {
+    _tile_stored(0, at(0, height), kStepBytes);
+    if constexpr (P * T > 1) _tile_stored(1, at(1, height), kStepBytes);
+    if constexpr (P * T > 2) _tile_stored(2, at(2, height), kStepBytes);
+    if constexpr (P * T > 3) _tile_stored(3, at(3, height), kStepBytes);
+    if constexpr (P * T > 4) _tile_stored(4, at(4, height), kStepBytes);
+    if constexpr (P * T > 5) _tile_stored(5, at(5, height), kStepBytes);
   }
 
-  template <int T>
-  FOURMOE_INLINE void load(int row, int height) {
-    _tile_loadd(0, at<T>(0, row, height), kStepBytes);
-    if constexpr (P * T > 1) _tile_loadd(1, at<T>(1, row, height), kStepBytes);
-    if constexpr (P * T > 2) _tile_loadd(2, at<T>(2, row, height), kStepBytes);
-    if constexpr (P * T > 3) _tile_loadd(3, at<T>(3, row, height), kStepBytes);
-  }
-
-  template <int T>
-  FOURMOE_INLINE void store(int row, int height) {
-    _tile_stored(0, at<T>(0, row, height), kStepBytes);
-    if constexpr (P * T > 1) _tile_stored(1, at<T>(1, row, height), kStepBytes);
-    if constexpr (P * T > 2) _tile_stored(2, at<T>(2, row, height), kStepBytes);
-    if constexpr (P * T > 3) _tile_stored(3, at<T>(3, row, height), kStepBytes);
-  }
-
-  FOURMOE_INLINE void write(const Strip& strip, float* out) const {
+  // To the strip's panels from p on and `count` tokens from `first` on.
+  FOURMOE_INLINE void write(const Strip& strip, int p, int first, int count) const {
     fence();
-    for (int p = 0; p < P; ++p) {
-      for (int m = 0; m < strip.tokens; ++m, out += kPanelRows) {
-        _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(sums[p][m]), _mm512_set1_ps(strip.factors[m])));
+    for (int i = 0; i < P; ++i) {
+      float* out = strip.out + ((p + i) * strip.tokens + first) * kPanelRows;
+      for (int m = 0; m < count; ++m, out += kPanelRows) {
+        _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(sums[i][m]), _mm512_set1_ps(strip.factors[first + m])));
       }
     }
   }
 };
 
+template <int T>
 FOURMOE_INLINE void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+  if constexpr (T == kMostTiles) _tile_zero(4);
+  if constexpr (T == kMostTiles) _tile_zero(5);
 }
 
-// Asks for a group's lines. What follows the last groups of a panel that is multiplied beside another is not the next
-// panel but the one after it: `skip` bytes further.
-FOURMOE_INLINE void prefetch_group(const std::byte* group, std::int64_t skip) {
-  const std::byte* ahead = group + kAheadGroups * kGroupBytes + skip;
-  FOURMOE_UNROLL for (int line = 0; line < kGroupBytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
-  }
-}
-
-// A group of P panels to `decoded`, `panel` bytes apart; `left` blocks of each are still to come, this group's
-// included.
-template <int P>
-FOURMOE_INLINE void decode_panels(const std::byte* group, std::int64_t stride, int left, std::byte* decoded,
-                                  int panel) {
-  const std::int64_t skip = left > kAheadGroups * kGroupBlocks ? 0 : (P - 1) * stride;
-  FOURMOE_UNROLL for (int i = 0; i < P; ++i) {
-    prefetch_group(group + i * stride, skip);
-    decode_group(group + i * stride, left < kGroupBlocks ? left : kGroupBlocks, decoded + i * panel);
-  }
-}
-
-// P panels by one or two tiles of tokens, whose sums stay in registers: a group is multiplied as soon as it is decoded.
+// P panels from p on by T tiles of tokens from the strip's tile `from` on. While the tile unit multiplies a step the
+// vector units decode the next one into the other buffer: into the same one, the two would take turns.
 template <int P, int T>
-FOURMOE_INLINE void multiply_few(const Strip& strip, const Cut& cut, int p) {
-  alignas(64) std::byte decoded[P * kDecodedGroup];
-  const std::byte* group = strip.panels + p * strip.stride;
-  Tokens tokens(strip, cut);
-  zero_sums();
-  for (int left = strip.blocks; left > 0; left -= kGroupBlocks, group += kGroupBytes, tokens.x += 2 * tokens.stride) {
-    decode_panels<P>(group, strip.stride, left, decoded, kDecodedGroup);
-    fence();
-    multiply_steps<P, T>(decoded, kDecodedGroup, tokens, 0, left > 2 ? 2 : 1);
-    fence();
+FOURMOE_INLINE void multiply_tiles(const Strip& strip, const Cut& cut, int p, int from) {
+  alignas(64) std::byte decoded[2][P][kDecodedStep];
+  Groups<P> groups(strip, p);
+  const int first = from * cut.height;
+  Tokens tokens(strip, cut, first);
+  zero_sums<T>();
+  groups.template decode<0>(decoded[0]);
+  for (int left = strip.blocks; left > 0; left -= kGroupBlocks) {
+    groups.template decode<1>(decoded[1]);
+    multiply_step<P, T>(decoded[0], &tokens);
+    groups.next();
+    groups.template decode<0>(decoded[0]);
+    if (left > 2) multiply_step<P, T>(decoded[1], &tokens);
   }
-  Accumulators<P> sums;
-  sums.template store<T>(0, cut.height);
-  sums.write(strip, strip.out + p * strip.tokens * kPanelRows);
+  TileSums<P, T> sums;
+  sums.store(cut.height);
+  const int left = strip.tokens - first;
+  sums.write(strip, p, first, left < T * cut.height ? left : T * cut.height);
 }
 
-// T tiles of tokens from `row` on by a decoded stretch of P panels; sums continue those of the stretch before, if any.
-template <int P, int T>
-FOURMOE_INLINE void multiply_stretch(const std::byte* decoded, const Tokens& tokens, int row, int steps, bool first,
-                                     Accumulators<P>* sums) {
-  if (first) zero_sums();
-  else sums->template load<T>(row, tokens.height);
-  multiply_steps<P, T>(decoded, kDecodedStretch, tokens, row, steps);
-  sums->template store<T>(row, tokens.height);
-}
-
-// P panels by any number of tiles of tokens, two at a time: a stretch is decoded once and stays in the nearest cache
-// for all of them; sums rest in memory from stretch to stretch.
-template <int P>
-FOURMOE_INLINE void multiply_many(const Strip& strip, const Cut& cut, int p) {
-  alignas(64) std::byte decoded[P * kDecodedStretch];
-  Accumulators<P> sums;
-  const std::byte* group = strip.panels + p * strip.stride;
-  Tokens tokens(strip, cut);
-  for (int left = strip.blocks; left > 0; left -= kStretchBlocks, tokens.x += kStretchBlocks / 2 * tokens.stride) {
-    const int blocks = left < kStretchBlocks ? left : kStretchBlocks;
-    for (int b = 0; b < blocks; b += kGroupBlocks, group += kGroupBytes) {
-      decode_panels<P>(group, strip.stride, left - b, decoded + b * kDecodedBlock, kDecodedStretch);
-    }
-    fence();
-    const int steps = (blocks + 1) / 2;
-    const bool first = left == strip.blocks;
-    for (int tile = 0; tile < cut.tiles; tile += 2) {
-      const int row = tile * cut.height;
-      if (tile + 1 < cut.tiles) multiply_stretch<P, 2>(decoded, tokens, row, steps, first, &sums);
-      else multiply_stretch<P, 1>(decoded, tokens, row, steps, first, &sums);
-    }
-    fence();
-  }
-  sums.write(strip, strip.out + p * strip.tokens * kPanelRows);
-}
-
+// P panels by all tokens, three or two tiles of them at a time. Decoding once for all would need what is decoded and
+// all sums in the nearest cache, beside the tokens that stream by: slower (docs/cpu.md).
 template <int P>
 FOURMOE_INLINE void multiply_panels(const Strip& strip, const Cut& cut, int p) {
-  if (cut.tiles == 1) multiply_few<P, 1>(strip, cut, p);
-  else if (cut.tiles == 2) multiply_few<P, 2>(strip, cut, p);
-  else multiply_many<P>(strip, cut, p);
+  if (cut.tiles == 1) multiply_tiles<P, 1>(strip, cut, p, 0);
+  for (int from = 0; from + 1 < cut.tiles;) {
+    const int left = cut.tiles - from;
+    const bool three = left == 3 || left > 4;  // never one alone
+    if (three) multiply_tiles<P, 3>(strip, cut, p, from);
+    else multiply_tiles<P, 2>(strip, cut, p, from);
+    from += three ? 3 : 2;
+  }
 }
 
 void multiply(const Strip& strip) {

@@ -70,15 +70,16 @@ __device__ int row_blocks(const Operands& operands) {
 }
 
 // The roles of a block. A Job says what they work on; S is its Block<T, Memory>:
-//   const Operands& operands(int width)        the GEMM that tiles of this width belong to
-//   const std::byte* blob(S&, tile)            its expert's weights
-//   const CUtensorMap& tokens(int width)       its tokens, in boxes of size(width) rows
-//   int first_row(tile)                        of the tile's box
-//   void wait(tile)                            until the tile's tokens are there; one warp
-//   void prepare(S&)                           all threads, before the roles; early() says if before the tokens are there
-//   void schedule(S&)                          the scheduling warp
-//   void store<kWidth>(tile, row_tile, d)      a warpgroup's sums of one row tile; or, of shapes that hand over,
-//   void finish(S&)                            the warpgroup that takes them
+//   const Operands& operands(int width)    the GEMM that tiles of this width belong to
+//   const std::byte* blob(S&, tile)        its expert's weights
+//   const CUtensorMap& tokens(int width)   its tokens, in boxes of size(width) rows
+//   int first_row(tile)                    of the tile's box
+//   void wait(tile)                        until the tile's tokens are there; one warp
+//   bool early()                           roles start before this launch's input is there, and wait for it themselves
+//   void prepare(S&)                       all threads, before the roles
+//   void schedule(S&)                      the scheduling warp
+//   void store<kWidth>(tile, row_tile, d)  a warpgroup's sums of one row tile; of shapes that hand over instead
+//   void finish(S&)                        the warpgroup that takes them
 
 // One warp: weights into the ring, a lane a row tile.
 template <class T, class Job>
@@ -132,8 +133,8 @@ __device__ void load_tokens(Shared<T>& shared, const Job& job) {
   }
 }
 
-// Where a thread reads its part of stage 0. A stage's own part is `stage * sizeof(Stage)` further: the loop below has as
-// few instructions beside unpacking as can be, for it is the issue slots that run out (docs/hopper.md).
+// Where a thread reads its part of stage 0. A stage's own part is `stage * sizeof(Stage)` further: the loop below has
+// as few instructions beside unpacking as can be, for it is the issue slots that run out (docs/hopper.md).
 template <class T>
 struct View {
   u32 codes;   // of the group's first tile, shared address; dense weights too

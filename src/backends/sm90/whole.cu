@@ -12,8 +12,8 @@ struct Prepare {
   route::DeviceSlots slots;
   format::Tensor hidden;
   Work work;
-  i32 most;       // hits that there is room for
-  i32 row_tiles;  // of gemm2
+  i32 most;                          // hits that there is room for
+  i32 row_tiles;                     // of gemm2
   const std::byte* const* blobs[2];  // [local experts] of each GEMM
 };
 
@@ -83,7 +83,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1) find_hits(const Prepare a) {
 
 Status launch_find(const Whole& call, void* stream) {
   const Problem& problem = call.slots.problem;
-  const Prepare args{call.slots,          call.hidden, call.work, most_hits(problem), row_tiles(problem.hidden),
+  const Prepare args{call.slots,
+                     call.hidden,
+                     call.work,
+                     most_hits(problem),
+                     row_tiles(problem.hidden),
                      {call.table->gemm1, call.table->gemm2}};
   const int bytes = call.slots.tokens * 8 * route::team_words(problem) + 8 * problem.local_experts;
   const cudaError_t error = cudaFuncSetAttribute(find_hits, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

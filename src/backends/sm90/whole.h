@@ -27,14 +27,14 @@ struct alignas(16) Hit {
 
 // Device memory of the step; the first launch of a call writes all but y and z. `most` = most_hits of the problem.
 struct Work {
-  i32* hits = nullptr;       // [1] experts hit
-  i32* tickets = nullptr;    // [1] tiles taken
-  Hit* list = nullptr;       // [most] the experts hit, ascending; zeros after them
-  i32* ready = nullptr;      // [most] row tiles of gemm1 that are done
-  i32* done = nullptr;       // [row tiles of gemm2] hits that are done
-  u16* rows = nullptr;       // [kFewTokens, hidden] tokens rounded to bf16, where they are not
-  u16* y = nullptr;          // [most * kFewTokens, inter] bf16
-  f32* z = nullptr;          // [most * kFewTokens, hidden]
+  i32* hits = nullptr;     // [1] experts hit
+  i32* tickets = nullptr;  // [1] tiles taken
+  Hit* list = nullptr;     // [most] the experts hit, ascending; zeros after them
+  i32* ready = nullptr;    // [most] row tiles of gemm1 that are done
+  i32* done = nullptr;     // [row tiles of gemm2] hits that are done
+  u16* rows = nullptr;     // [kFewTokens, hidden] tokens rounded to bf16, where they are not
+  u16* y = nullptr;        // [most * kFewTokens, inter] bf16
+  f32* z = nullptr;        // [most * kFewTokens, hidden]
 };
 
 i32 most_hits(const Problem& problem);

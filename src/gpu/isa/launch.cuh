@@ -13,8 +13,8 @@ __device__ __forceinline__ void wait_for_earlier() { asm volatile("griddepcontro
 // From here on the launch after this one may start its blocks where there is room.
 __device__ __forceinline__ void release_later() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// What all lanes of a warp have alike, so that the compiler knows it: else it guards every branch that depends on it and
-// keeps what it leads to in registers of each lane.
+// What all lanes of a warp have alike, so that the compiler knows it: else it guards every branch that depends on it
+// and keeps what it leads to in registers of each lane.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
 // Meets `threads` threads (whole warps) of the block at barrier `id` (1..15; 0 is __syncthreads).
