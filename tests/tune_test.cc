@@ -164,7 +164,7 @@ TEST(Sizes, AChoiceThatCannotBeFollowedIsNone) {
 
 TEST(Sizes, BatchInvariantOnesLeaveOutSplitSums) {
   Problem p = usual(2);
-  const Stored stored(p, {{1, {"sm90.whole 4x1x7s:8,8+f2"}}, {2, {"sm90.whole 4x1x8:8,8+f2"}}});
+  const Stored stored(p, {{1, {"sm90.whole 4x1x7s:8,8+f2+h3"}}, {2, {"sm90.whole 4x1x8:8,8+f2+h3"}}});
   ASSERT_EQ(sizes(p, stored.path()).at(1).source, Source::tuned);
   p.batch_invariant = true;
   const Sizes made = sizes(p, stored.path());

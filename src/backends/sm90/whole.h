@@ -15,7 +15,6 @@
 namespace fourmoe::sm90 {
 
 inline constexpr i32 kFewTokens = 8;
-
 inline constexpr i32 kMostHits = kFewTokens * 32;  // top_k <= 32
 
 // An expert that some token picked.
