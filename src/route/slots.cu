@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "gpu/isa/launch.cuh"
 #include "gpu/launch.cuh"
 #include "route/few.cuh"
 #include "route/pick.cuh"
@@ -20,7 +21,7 @@ constexpr i32 kBlockTokens = 8;         // screened in one block before there ar
 __global__ void __launch_bounds__(kPickWarps * 32, 3) pick_tokens(const __grid_constant__ DeviceSlots a) {
   extern __shared__ u64 shared[];
   gpu::begin();
-  const i32 warp = threadIdx.x / 32;
+  const i32 warp = gpu::isa::uniform(threadIdx.x / 32);
   const i32 token = blockIdx.x * (blockDim.x / 32) + warp;
   Team team = {token < a.tokens ? token : -1, 0, 1, threadIdx.x % 32};
   place_team(a.problem, shared, warp, &team);
@@ -35,7 +36,7 @@ struct Few {
 };
 
 __device__ Team team_of(const Few& few, u64* memory) {
-  const i32 warp = threadIdx.x / 32;
+  const i32 warp = gpu::isa::uniform(threadIdx.x / 32);
   const i32 index = warp / few.warps;
   const i32 token = blockIdx.x * few.tokens + index;
   const bool real = index < few.tokens && token < few.slots.tokens;
@@ -55,8 +56,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) pick_and_sort(const __grid_
   const FewPicks few = few_picks(a, keys);
   pad_keys(few);
   const Team team = team_of(call, reinterpret_cast<u64*>(few.bytes));
-  // A team of its own for the picks: kept alive over them, this one would spill.
-  const Pick pick = pick_token(a, team_of(call, reinterpret_cast<u64*>(few.bytes)), [] { __syncthreads(); });
+  const Pick pick = pick_token(a, team, [] { __syncthreads(); });
   if (many) blocks.barrier_wait();
   if (has_pick(a, team)) {
     const i32 index = static_cast<i32>(pick_index(a, team));

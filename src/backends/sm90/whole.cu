@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) find_hits(const Prepare a) {
   i32* hit_of = reinterpret_cast<i32*>(tokens_of + local);
   for (int e = threadIdx.x; e < local; e += blockDim.x) tokens_of[e] = 0;
   for (int i = threadIdx.x; i < a.row_tiles; i += blockDim.x) a.work.done[i] = 0;
-  const int warp = threadIdx.x / 32;
+  const int warp = gpu::isa::uniform(threadIdx.x / 32);
   int warps = kWarps;  // of a team
   while (kWarps / warps < a.slots.tokens) warps /= 2;
   route::Team team{warp / warps < a.slots.tokens ? warp / warps : -1, warp % warps, warps, threadIdx.x % 32};
