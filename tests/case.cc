@@ -119,6 +119,13 @@ Problem problem(i32 hidden, i32 inter, i32 experts, i32 top_k) {
   return p;
 }
 
+Spec spec(i32 hidden, i32 inter, i32 experts, i32 top_k, i32 tokens) {
+  Spec s;
+  s.problem = problem(hidden, inter, experts, top_k);
+  s.tokens = tokens;
+  return s;
+}
+
 checkpoint::Layer random_layer(const Problem& p, u64 seed, bool biases) {
   Random random(seed);
   auto memory = std::make_shared<Memory>();

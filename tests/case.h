@@ -29,6 +29,7 @@ struct Spec {
 
 // A plain SwiGLU problem with softmax routing: the usual start of a Spec.
 Problem problem(i32 hidden, i32 inter, i32 experts, i32 top_k);
+Spec spec(i32 hidden, i32 inter, i32 experts, i32 top_k, i32 tokens);
 
 // Weights with every code and scales over several binades; globals of gate and up differ in every expert (by 1.05 to 2
 // times), so that sharing them shows. Values are such that a layer maps unit variance to about unit variance.

@@ -14,6 +14,7 @@ namespace fourmoe {
 namespace {
 
 using cases::Routes;
+using cases::spec;
 using cases::Spec;
 using format::Dtype;
 using format::Encoding;
@@ -41,13 +42,6 @@ std::vector<std::string> rooms() {
     if (std::find(found.begin(), found.end(), room) == found.end()) found.push_back(room);
   }
   return found;
-}
-
-Spec spec(i32 hidden, i32 inter, i32 experts, i32 top_k, i32 tokens) {
-  Spec s;
-  s.problem = cases::problem(hidden, inter, experts, top_k);
-  s.tokens = tokens;
-  return s;
 }
 
 // Odd sizes, every encoding, activation, routing pattern, dtype and precision, each at least once.

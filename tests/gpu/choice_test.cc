@@ -8,6 +8,7 @@
 namespace fourmoe {
 namespace {
 
+using cases::spec;
 using cases::Spec;
 using format::Dtype;
 
@@ -16,13 +17,6 @@ struct Setting {
   bool batch_invariant = false;
   Dtype hidden = Dtype::bf16;
 };
-
-Spec spec(i32 hidden, i32 inter, i32 experts, i32 top_k, i32 tokens) {
-  Spec s;
-  s.problem = cases::problem(hidden, inter, experts, top_k);
-  s.tokens = tokens;
-  return s;
-}
 
 // Few and many slots an expert, so that the list of shapes worth trying changes; odd sizes; forms with one shape.
 std::vector<Setting> settings() {

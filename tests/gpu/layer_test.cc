@@ -18,6 +18,7 @@ namespace fourmoe {
 namespace {
 
 using cases::Routes;
+using cases::spec;
 using cases::Spec;
 using format::Dtype;
 using format::Encoding;
@@ -28,13 +29,6 @@ LayerOptions options(Precision precision, i32 device = 0) {
   o.device = device;
   o.max_tokens = 128;
   return o;
-}
-
-Spec spec(i32 hidden, i32 inter, i32 experts, i32 top_k, i32 tokens) {
-  Spec s;
-  s.problem = cases::problem(hidden, inter, experts, top_k);
-  s.tokens = tokens;
-  return s;
 }
 
 // Odd sizes, every activation, routing pattern and dtype of tokens, in both precisions.

@@ -19,16 +19,19 @@ struct HitPlace {
   __device__ bool uses(int column) const { return (tokens >> column & 1) != 0; }
 };
 
+inline constexpr int kMostRowTiles = 8;  // of a tile
+
 // What the job keeps of the call.
 struct Hits {
   u64 arrived;  // barrier: the list is here
   i32 count;
-  i32 last[8];  // what row tiles' counters were before this block's report
+  i32 last[kMostRowTiles];  // what row tiles' counters were before this block's report
   Hit list[kMostHits];
 };
 
 template <class T>
 struct Layer {
+  static_assert(T::kRowTiles <= kMostRowTiles);
   using Memory = Hits;
   using S = Block<T, Hits>;
   CUtensorMap maps[2];  // the tokens; y
