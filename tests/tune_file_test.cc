@@ -80,7 +80,7 @@ TEST(Book, AWrongEntryIsLeftOutAlone) {
   const std::vector<std::pair<const char*, std::vector<json>>> wrong = {
       {"tokens", {nullptr, "8", 0, -8, 5, 2.5, 1e300, true, json::array()}},
       {"steps", {nullptr, "sm90.whole", json::array(), {1}, {"a", "b", "c", "d", "e"}, {std::string(300, 'x')}}},
-      {"seconds", {nullptr, "1e-5", 0.0, -1e-5, json::array(), true}},
+      {"seconds", {nullptr, "1e-5", 0.0, -1e-5, 1e-300, 3e305, json::array(), true}},
       {"default_seconds", {nullptr, 0, -1, "x"}},
   };
   for (const auto& [key, values] : wrong) {
@@ -102,6 +102,28 @@ TEST(Book, AWrongEntryIsLeftOutAlone) {
     json damaged = sound;
     damaged["layers"][0][key] = 7;
     EXPECT_TRUE(read(damaged.dump()).book.empty()) << key;
+  }
+}
+
+// What is taken at the edges of the bounds is written as something that is taken again.
+TEST(Book, ExtremeNumbersSurviveARewrite) {
+  for (const f64 seconds : {1e-12, 1e6}) {
+    for (const f64 rate : {1.0, 1e18}) {
+      nlohmann::json text = nlohmann::json::parse(to_text(book_of("a", 8, 1e-5)));
+      text["layers"][0]["choices"][0]["seconds"] = seconds;
+      text["layers"][0]["copy_bytes_per_second"] = rate;
+      const Read first = read(text.dump());
+      ASSERT_TRUE(first.notes.empty()) << first.notes[0];
+      const Read again = read(to_text(first.book));
+      EXPECT_TRUE(again.notes.empty()) << again.notes[0];
+      EXPECT_EQ(again.book.begin()->second.buckets.size(), 1u);
+      EXPECT_EQ(again.book.begin()->second.copy_bytes_per_second, rate);
+    }
+  }
+  for (const f64 rate : {0.0, 0.25, -1.0, 1e300}) {
+    nlohmann::json text = nlohmann::json::parse(to_text(book_of("a", 8, 1e-5)));
+    text["layers"][0]["copy_bytes_per_second"] = rate;
+    EXPECT_TRUE(read(text.dump()).book.empty()) << rate;
   }
 }
 

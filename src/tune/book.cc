@@ -18,6 +18,9 @@ using OrderedJson = nlohmann::ordered_json;
 constexpr const char* kFormat = "fourmoe_tuning";
 constexpr i32 kFormatVersion = 1;
 constexpr std::size_t kMostWords = 256;  // of a step
+constexpr f64 kLeastSeconds = 1e-12;     // written as the nanosecond, the least that to_text() tells apart
+constexpr f64 kMostSeconds = 1e6;        // of one call: more than a week
+constexpr f64 kMostBytesPerSecond = 1e18;
 
 [[noreturn]] void fail(const std::string& what) { throw Error(Reason::file_malformed, what); }
 
@@ -32,12 +35,15 @@ Object object_of(const json& value, const std::string& name) {
   return {&value, name};
 }
 
-f64 positive(const Object& object, const char* key) {
+// Bounds that to_text() keeps: what is read can be written and read again.
+f64 number_within(f64 least, f64 most, const Object& object, const char* key) {
   const auto found = object.json->find(key);
-  const f64 value = found == object.json->end() || !found->is_number() ? 0.0 : found->get<f64>();
-  if (!std::isfinite(value) || value <= 0.0) fail(fmt::format("{} is not a finite number above 0", key));
+  const f64 value = found == object.json->end() || !found->is_number() ? std::nan("") : found->get<f64>();
+  if (!(value >= least && value <= most)) fail(fmt::format("{} is not a number from {} to {}", key, least, most));
   return value;
 }
+
+f64 duration(const Object& object, const char* key) { return number_within(kLeastSeconds, kMostSeconds, object, key); }
 
 Measured parse_measured(const Object& object, i32* bucket) {
   Measured measured;
@@ -49,8 +55,8 @@ Measured parse_measured(const Object& object, i32* bucket) {
     measured.choice.push_back(words.get<std::string>());
   }
   if (measured.choice.empty() || measured.choice.size() > kStageNames.size()) fail("steps does not hold 1 to 4 names");
-  measured.seconds = positive(object, "seconds");
-  measured.default_seconds = positive(object, "default_seconds");
+  measured.seconds = duration(object, "seconds");
+  measured.default_seconds = duration(object, "default_seconds");
   return measured;
 }
 
@@ -73,7 +79,9 @@ void parse_section(const json& value, const std::string& name, Book* book, Losse
   const Object object = object_of(value, name);
   const Key key = {object.string("machine"), object.string("version"), object.string("layer")};
   Section section;
-  if (object.has("copy_bytes_per_second")) section.copy_bytes_per_second = positive(object, "copy_bytes_per_second");
+  if (object.has("copy_bytes_per_second")) {
+    section.copy_bytes_per_second = number_within(1.0, kMostBytesPerSecond, object, "copy_bytes_per_second");
+  }
   for (const json& entry : array_of(object, "choices")) {
     losses->guard([&] {
       i32 bucket = 0;
