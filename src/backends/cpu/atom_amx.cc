@@ -35,7 +35,7 @@ constexpr int kGroupLines = kGroupBytes / 64;
 constexpr int kFirstLines = 5;                      // of a group's lines, asked for with its first step
 constexpr int kDecodedBlock = 16 * kPanelRows * 2;  // bytes
 constexpr int kDecodedStep = 2 * kDecodedBlock;     // a tile
-constexpr int kMostTiles = 3;                       // of tokens, whose sums by two panels are registers
+constexpr int kMostTiles = 3;                       // of tokens at a time: six sums in eight registers
 constexpr int kAheadGroups = 4;                     // 2304 bytes: measured, docs/cpu.md
 
 // gcc 12's tile intrinsics say nothing of the memory that they read and write.
@@ -83,26 +83,19 @@ FOURMOE_INLINE void decode_block(const std::byte* codes, __m512h scale, std::byt
   decode_half(codes + 4 * kPanelRows, scale, out + kDecodedBlock / 2);
 }
 
-// Step S of a whole group. Its scales are read once: the compiler must take it that stores change them.
-template <int S>
-FOURMOE_INLINE void decode_step(const std::byte* group, std::byte* out) {
+// Block B of a whole group.
+template <int B>
+FOURMOE_INLINE void decode_whole(const std::byte* group, std::byte* out) {
   const __m512i scales = _mm512_load_si512(group + kGroupBlocks * 8 * kPanelRows);
-  const __m512h first = spread_scales(scales, 2 * S);
-  const __m512h second = spread_scales(scales, 2 * S + 1);
-  const std::byte* codes = group + S * 16 * kPanelRows;
-  decode_block(codes, first, out);
-  decode_block(codes + 8 * kPanelRows, second, out + kDecodedBlock);
+  decode_block(group + B * 8 * kPanelRows, spread_scales(scales, B), out);
 }
 
-// The same of a last group of 1 to 3 blocks; a block that is not there has scales of zero.
-__attribute__((noinline)) void decode_last(const std::byte* group, int count, int step, std::byte* out) {
+// A block of a last group of 1 to 3 blocks; one that is not there has scales of zero.
+__attribute__((noinline)) void decode_last(const std::byte* group, int count, int block, std::byte* out) {
   const __mmask64 inside = (1ull << (kPanelRows * count)) - 1;
   const __m512i scales = _mm512_maskz_loadu_epi8(inside, group + count * 8 * kPanelRows);
-  for (int half = 0; half < 2; ++half) {
-    const int block = 2 * step + half;
-    const std::byte* codes = group + (block < count ? block : 0) * 8 * kPanelRows;
-    decode_block(codes, spread_scales(scales, block), out + half * kDecodedBlock);
-  }
+  const std::byte* codes = group + (block < count ? block : 0) * 8 * kPanelRows;
+  decode_block(codes, spread_scales(scales, block), out);
 }
 
 // A strip's m tokens are cut into tiles of one height. The last may reach beyond m: what it reads there are rows of the
@@ -161,15 +154,35 @@ struct Groups {
     }
   }
 
-  // Step S of the group, if there is one.
-  template <int S>
+  // Piece I of step S, if the group has that step: block I % 2 of panel I / 2.
+  template <int S, int I>
   FOURMOE_INLINE void decode(std::byte (*out)[kDecodedStep]) const {
+    constexpr int kPanel = I / 2;
+    constexpr int kHalf = I % 2;
     if (left <= 2 * S) return;
-    FOURMOE_UNROLL for (int i = 0; i < P; ++i) {
-      prefetch<S>(i);
-      if (left >= kGroupBlocks) decode_step<S>(data + i * stride, out[i]);
-      else decode_last(data + i * stride, left, S, out[i]);
-    }
+    if constexpr (kHalf == 0) prefetch<S>(kPanel);
+    const std::byte* group = data + kPanel * stride;
+    std::byte* to = out[kPanel] + kHalf * kDecodedBlock;
+    if (left >= kGroupBlocks) decode_whole<2 * S + kHalf>(group, to);
+    else decode_last(group, left, 2 * S + kHalf, to);
+  }
+};
+
+// Decodes the pieces of step S that stand between two tile products; fences keep them there.
+template <int P, int S>
+struct Between {
+  const Groups<P>& groups;
+  std::byte (*out)[kDecodedStep];
+
+  template <int... I>
+  FOURMOE_INLINE void decode() const {
+    fence();
+    (groups.template decode<S, I>(out), ...);
+    fence();
+  }
+  FOURMOE_INLINE void decode_all() const {
+    decode<0, 1>();
+    if constexpr (P == 2) decode<2, 3>();
   }
 };
 
@@ -183,45 +196,66 @@ struct Tokens {
       : x(strip.x + row * kStepBytes), stride(strip.tokens * std::int64_t{kStepBytes}), tile(cut.height * kStepBytes) {}
 };
 
-// A step of P decoded panels by one or two tiles of tokens.
-template <int P, int T>
-FOURMOE_INLINE void multiply_by_two(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens) {
+// A step of P decoded panels by one, two or three tiles of tokens; `next` decodes a step in pieces between the products.
+template <int P, class Next>
+FOURMOE_INLINE void multiply_by_one(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens, const Next& next) {
+  next.decode_all();
   _tile_loadd(4, tokens.x, kStepBytes);
-  if constexpr (T == 2) _tile_loadd(5, tokens.x + tokens.tile, kStepBytes);
   _tile_loadd(7, decoded[0], kStepBytes);
   _tile_dpbf16ps(0, 4, 7);
-  if constexpr (T == 2) _tile_dpbf16ps(1, 5, 7);
-  if constexpr (P == 1) return;
-  _tile_loadd(7, decoded[P - 1], kStepBytes);
-  if constexpr (T == 1) _tile_dpbf16ps(1, 4, 7);
-  if constexpr (T == 2) _tile_dpbf16ps(2, 4, 7);
-  if constexpr (T == 2) _tile_dpbf16ps(3, 5, 7);
+  if constexpr (P == 2) {
+    _tile_loadd(7, decoded[P - 1], kStepBytes);
+    _tile_dpbf16ps(1, 4, 7);
+  }
 }
 
-// By three, which leave one register to tokens.
-template <int P>
-FOURMOE_INLINE void multiply_by_three(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens) {
+template <int P, class Next>
+FOURMOE_INLINE void multiply_by_two(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens, const Next& next) {
+  _tile_loadd(4, tokens.x, kStepBytes);
+  _tile_loadd(7, decoded[0], kStepBytes);
+  _tile_dpbf16ps(0, 4, 7);
+  next.template decode<0>();
+  _tile_loadd(5, tokens.x + tokens.tile, kStepBytes);
+  _tile_dpbf16ps(1, 5, 7);
+  next.template decode<1>();
+  if constexpr (P == 1) return;
+  _tile_loadd(7, decoded[P - 1], kStepBytes);
+  _tile_dpbf16ps(2, 4, 7);
+  if constexpr (P == 2) next.template decode<2>();
+  _tile_dpbf16ps(3, 5, 7);
+  if constexpr (P == 2) next.template decode<3>();
+}
+
+// Three tiles leave one register to tokens.
+template <int P, class Next>
+FOURMOE_INLINE void multiply_by_three(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens, const Next& next) {
   _tile_loadd(6, tokens.x, kStepBytes);
   _tile_loadd(7, decoded[0], kStepBytes);
   _tile_dpbf16ps(0, 6, 7);
+  next.template decode<0>();
   _tile_loadd(6, tokens.x + tokens.tile, kStepBytes);
   _tile_dpbf16ps(1, 6, 7);
+  next.template decode<1>();
   _tile_loadd(6, tokens.x + 2 * tokens.tile, kStepBytes);
   _tile_dpbf16ps(2, 6, 7);
   if constexpr (P == 1) return;
   _tile_loadd(7, decoded[P - 1], kStepBytes);
   _tile_dpbf16ps(5, 6, 7);
+  if constexpr (P == 2) next.template decode<2>();
   _tile_loadd(6, tokens.x + tokens.tile, kStepBytes);
   _tile_dpbf16ps(4, 6, 7);
+  if constexpr (P == 2) next.template decode<3>();
   _tile_loadd(6, tokens.x, kStepBytes);
   _tile_dpbf16ps(3, 6, 7);
 }
 
-template <int P, int T>
-FOURMOE_INLINE void multiply_step(const std::byte (*decoded)[kDecodedStep], Tokens* tokens) {
+template <int P, int T, int S>
+FOURMOE_INLINE void multiply_step(const std::byte (*decoded)[kDecodedStep], Tokens* tokens,
+                                  const Between<P, S>& next) {
   fence();
-  if constexpr (T == kMostTiles) multiply_by_three<P>(decoded, *tokens);
-  else multiply_by_two<P, T>(decoded, *tokens);
+  if constexpr (T == 3) multiply_by_three<P>(decoded, *tokens, next);
+  else if constexpr (T == 2) multiply_by_two<P>(decoded, *tokens, next);
+  else multiply_by_one<P>(decoded, *tokens, next);
   fence();
   tokens->x += tokens->stride;
 }
@@ -274,13 +308,11 @@ FOURMOE_INLINE void multiply_tiles(const Strip& strip, const Cut& cut, int p, in
   const int first = from * cut.height;
   Tokens tokens(strip, cut, first);
   zero_sums<T>();
-  groups.template decode<0>(decoded[0]);
+  Between<P, 0>{groups, decoded[0]}.decode_all();
   for (int left = strip.blocks; left > 0; left -= kGroupBlocks) {
-    groups.template decode<1>(decoded[1]);
-    multiply_step<P, T>(decoded[0], &tokens);
+    multiply_step<P, T>(decoded[0], &tokens, Between<P, 1>{groups, decoded[1]});
     groups.next();
-    groups.template decode<0>(decoded[0]);
-    if (left > 2) multiply_step<P, T>(decoded[1], &tokens);
+    if (left > 2) multiply_step<P, T>(decoded[1], &tokens, Between<P, 0>{groups, decoded[0]});
   }
   TileSums<P, T> sums;
   sums.store(cut.height);
