@@ -192,6 +192,7 @@ f64 rel_l2(const std::vector<f64>& a, const std::vector<f64>& b) {
 // more often than those of 4-bit ones, whose products are short: one value of a small layer made 2.7e-4 on a GPU.
 f64 bound(const Problem& problem) {
   if (problem.precision == Precision::w4a4) return 1e-2;
+  if (problem.precision == Precision::w4a8_int8) return 3e-3;
   return format::is_fp4(problem.encoding) ? 2e-4 : 5e-4;
 }
 
