@@ -442,7 +442,8 @@ TEST_P(CpuRoom, Int8TokensOfEveryMagnitude) {
     const std::vector<f64> z = plain_gemm2(s, 0, y.data());
     for (i64 slot = 0; slot < 64; ++slot) {
       for (i64 h = 0; h < 80; ++h) {
-        // Below 2^-126 a sum is a multiple of 2^-149, three times a block: once scaled, once added, and once as a result.
+        // Below 2^-126 a sum is a multiple of 2^-149, three times a block: once scaled, once added, and once as a
+        // result.
         ASSERT_NEAR(s.partial[slot * 80 + h], z[h], std::abs(z[h]) * 1e-5 + std::ldexp(1.0, -136)) << least;
       }
     }
@@ -589,8 +590,8 @@ TEST(CpuRoomLevels, W4a4IsTheSameFromAvx512On) {
   }
 }
 
-// Sums of whole numbers are exact at every level; the portable one rounds a multiply-add twice, and e^x differs by level,
-// so this compares gemm2 of one intermediate.
+// Sums of whole numbers are exact at every level; the portable one rounds a multiply-add twice, and e^x differs by
+// level, so this compares gemm2 of one intermediate.
 TEST(CpuRoomLevels, W4a8Int8IsTheSameFromAvx2On) {
   if (machine().cpu_level < CpuLevel::avx512) GTEST_SKIP() << "this machine has one such level at most";
   for (const Encoding encoding : {Encoding::nvfp4, Encoding::mxfp4}) {

@@ -299,11 +299,12 @@ TEST_P(EveryRoom, SharedExpertsAreAdded) {
   EXPECT_LE(cases::rel_l2(left, right), 1e-6);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Layer, EveryRoom, testing::Combine(testing::ValuesIn(rooms()), testing::ValuesIn(kPrecisions)),
-    [](const auto& at) { return std::get<0>(at.param) + "_" + std::string(precision_name(std::get<1>(at.param))); });
+INSTANTIATE_TEST_SUITE_P(Layer, EveryRoom, testing::Combine(testing::ValuesIn(rooms()), testing::ValuesIn(kPrecisions)),
+                         [](const auto& at) {
+                           return std::get<0>(at.param) + "_" + std::string(precision_name(std::get<1>(at.param)));
+                         });
 
-// w4a8_int8 is lossy by what docs/design.md §4 says, and no more and no less: activations of 16 bits would be nearer.
+// w4a8_int8 loses what docs/design.md section 4 says, no more and no less: activations of 16 bits would be nearer.
 TEST(Layer, Int8ActivationsAreOnePercentOff) {
   for (const Encoding encoding : {Encoding::nvfp4, Encoding::mxfp4}) {
     Spec s = spec(512, 256, 8, 2, 24);

@@ -188,7 +188,8 @@ Problem parse_shape(const std::string& text) {
 }
 
 Precision parse_precision(const std::string& word) {
-  return *std::find_if(kPrecisions.begin(), kPrecisions.end() - 1, [&](Precision p) { return precision_name(p) == word; });
+  return *std::find_if(kPrecisions.begin(), kPrecisions.end() - 1,
+                       [&](Precision p) { return precision_name(p) == word; });
 }
 
 }  // namespace fourmoe::tools

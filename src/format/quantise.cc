@@ -23,9 +23,7 @@ f32 block_amax(const f32* x) {
   return std::bit_cast<f32>(largest);
 }
 
-f32 larger(f32 a, f32 b) {
-  return std::bit_cast<f32>(std::max(std::bit_cast<i32>(a), std::bit_cast<i32>(b)));
-}
+f32 larger(f32 a, f32 b) { return std::bit_cast<f32>(std::max(std::bit_cast<i32>(a), std::bit_cast<i32>(b))); }
 
 void quantise_plain(const Blocks& blocks, i64 count, f32 global) {
   for (i64 block = 0; block < count; ++block) {

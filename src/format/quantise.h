@@ -33,7 +33,8 @@ struct Blocks {
 // The same for `count` such blocks; by vectors where the machine has them, with the same bits.
 void quantise_blocks(const Blocks& blocks, i64 count, f32 global);
 
-// w4a8_int8: columns of a row that share a scale; the last group of a row has 16 where the columns are no multiple of 32.
+// w4a8_int8: columns of a row that share a scale; the last group of a row has 16 where the columns are no multiple
+// of 32.
 inline constexpr i32 kInt8Group = 32;
 
 // One row of n values (a multiple of 16), each a bf16 or an f16, to int8 codes [n] and half scales

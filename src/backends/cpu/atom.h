@@ -94,8 +94,8 @@ struct Finish {
   Scale scale;
 };
 
-// 16-bit tokens to int8 by format::quantise_int8. A step holds twice the codes of a block, as f32, and the half scale of
-// their group. For atoms of f32 that sum whole numbers.
+// 16-bit tokens to int8 by format::quantise_int8. A step holds twice the codes of a block, as f32, and the half scale
+// of their group. For atoms of f32 that sum whole numbers.
 inline constexpr std::int32_t kWholeStepFloats = 20;  // 16 codes, the half scale, 3 unused
 float whole_bf16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride);
 float whole_f16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride);
@@ -119,6 +119,6 @@ const Atom* atom_portable_int8();
 const Atom* atom_avx2_int8();
 const Atom* atom_avx512_int8();
 const Atom* atom_vnni_int8();
-const Atom* atom_amx();   // bf16 tokens, nvfp4 panels
+const Atom* atom_amx();  // bf16 tokens, nvfp4 panels
 
 }  // namespace fourmoe::cpu
