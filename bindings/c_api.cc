@@ -27,7 +27,7 @@ namespace {
 static_assert(FOURMOE_F32 == static_cast<int>(format::Dtype::f32));
 static_assert(FOURMOE_U8 == static_cast<int>(format::Dtype::u8));
 static_assert(FOURMOE_WEIGHTS_FP8 == static_cast<int>(format::Encoding::fp8));
-static_assert(FOURMOE_W4A4 == static_cast<int>(Precision::w4a4));
+static_assert(FOURMOE_W4A8_INT8 == static_cast<int>(Precision::w4a8_int8));
 static_assert(FOURMOE_RELU2 == static_cast<int>(ActivationKind::relu2));
 static_assert(FOURMOE_SCORE_NONE == static_cast<int>(Score::none));
 
@@ -96,7 +96,7 @@ LayerOptions convert(const fourmoe_options* given, std::unique_ptr<Executor>* ho
   if (given->device != nullptr) options.device = parse_device(given->device);
   options.batch_invariant = given->batch_invariant != 0;
   if (given->tuning != nullptr) options.tuning = given->tuning;
-  options.precision = checked("options.precision", given->precision, Precision::w4a4);
+  options.precision = checked("options.precision", given->precision, Precision::w4a8_int8);
   require(given->max_tokens >= 0, fmt::format("options.max_tokens is {}, expected at least 0", given->max_tokens));
   require(given->threads >= 0, fmt::format("options.threads is {}, expected at least 0", given->threads));
   if (given->max_tokens > 0) options.max_tokens = given->max_tokens;

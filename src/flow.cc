@@ -71,9 +71,10 @@ Verdict check(const Problem& problem) {
         Reason::shape_unsupported,
         fmt::format("mxfp4 needs multiples of 32, found hidden {} and intermediate {}", problem.hidden, problem.inter));
   }
-  if (problem.precision == Precision::w4a4 && !format::is_fp4(problem.encoding)) {
-    return reject(Reason::precision_unsupported, fmt::format("w4a4 needs 4-bit weights, these are {}; w4a16 would pass",
-                                                             format::encoding_name(problem.encoding)));
+  if (problem.precision != Precision::w4a16 && !format::is_fp4(problem.encoding)) {
+    return reject(Reason::precision_unsupported,
+                  fmt::format("{} needs 4-bit weights, these are {}; w4a16 would pass",
+                              precision_name(problem.precision), format::encoding_name(problem.encoding)));
   }
   if (problem.activations != format::Dtype::bf16 && problem.activations != format::Dtype::f16) {
     return reject(Reason::dtype_unsupported,

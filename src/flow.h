@@ -45,12 +45,19 @@ struct Span {
 };
 
 enum class Precision : u8 {
-  w4a16,  // activations bf16 or f16, weights exact
-  w4a4,   // activations and the intermediate quantised to NVFP4: the numerics of native Blackwell
+  w4a16,      // activations bf16 or f16, weights exact
+  w4a4,       // activations and the intermediate quantised to NVFP4: the numerics of native Blackwell
+  w4a8_int8,  // those of w4a16, each quantised to int8 in groups of 32 columns: lossy, on the host, only if asked for
 };
+inline constexpr std::array kPrecisions = {Precision::w4a16, Precision::w4a4, Precision::w4a8_int8};
 
 constexpr std::string_view precision_name(Precision precision) {
-  return precision == Precision::w4a16 ? "w4a16" : "w4a4";
+  switch (precision) {
+    case Precision::w4a16: return "w4a16";
+    case Precision::w4a4: return "w4a4";
+    case Precision::w4a8_int8: return "w4a8_int8";
+  }
+  return "unknown";
 }
 
 enum class ActivationKind : u8 { swiglu, swiglu_clamped, geglu_erf, geglu_tanh, relu2 };
@@ -109,7 +116,7 @@ struct Problem {
   Routing routing;
   Precision precision = Precision::w4a16;
   format::Encoding encoding = format::Encoding::nvfp4;  // of the experts' weights
-  format::Dtype activations = format::Dtype::bf16;      // bf16 or f16: rounding of tokens and intermediate in w4a16
+  format::Dtype activations = format::Dtype::bf16;      // bf16 or f16: rounding of tokens and intermediate but in w4a4
   i32 first_expert = 0;  // local experts are [first_expert, first_expert + local_experts)
   i32 local_experts = 0;
   i32 max_tokens = 0;            // T: most tokens in one call, >= 0

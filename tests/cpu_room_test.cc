@@ -113,7 +113,7 @@ class Stages {
       const f64 global = expert_of(slot).inter_scale;
       for (i64 i = 0; i < problem.inter; ++i) {
         const i64 at = slot * problem.inter + i;
-        if (problem.precision == Precision::w4a16) values.push_back(format::read(rows.data(), problem.activations, at));
+        if (problem.precision != Precision::w4a4) values.push_back(format::read(rows.data(), problem.activations, at));
         else
           values.push_back(format::from_e2m1(format::code_at(inter_codes.data(), at)) *
                            f64{format::from_e4m3(inter_scales[at / 16])} * global);
@@ -292,7 +292,7 @@ TEST_P(CpuRoom, DecodesEveryCodeAndScale) {
 
 void expect_equals_reference(Stages* s, const How& how) {
   SCOPED_TRACE(cases::describe(s->spec));
-  const bool quantised = s->problem.precision == Precision::w4a4;
+  const Precision precision = s->problem.precision;
   s->gemm1({"reference"});
   const std::vector<f64> y = s->inter();
   s->gemm2({"reference"});
@@ -300,13 +300,13 @@ void expect_equals_reference(Stages* s, const How& how) {
   s->gemm2(how);  // on the reference's intermediate
   EXPECT_LE(cases::rel_l2(s->output(), z), 2e-4);
   s->gemm1(how);
-  EXPECT_LE(cases::rel_l2(s->inter(), y), quantised ? 1e-2 : 3e-3);
+  EXPECT_LE(cases::rel_l2(s->inter(), y), precision == Precision::w4a4 ? 1e-2 : 3e-3);
   s->gemm2(how);  // on its own
-  EXPECT_LE(cases::rel_l2(s->output(), z), cases::bound(s->problem) * (quantised ? 1 : 15));
+  EXPECT_LE(cases::rel_l2(s->output(), z), cases::bound(s->problem) * (precision == Precision::w4a16 ? 15 : 1));
 }
 
 TEST_P(CpuRoom, EqualsTheReferenceAtOddSizes) {
-  for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
+  for (const Precision precision : kPrecisions) {
     for (const auto& [hidden, inter] : {std::pair{16, 16}, {16, 80}, {80, 352}, {704, 48}, {48, 1856}, {2880, 16}}) {
       cases::Spec spec = spec_of(hidden, inter, 5);
       spec.problem.precision = precision;
@@ -321,7 +321,7 @@ TEST_P(CpuRoom, EqualsTheReferenceAtOddSizes) {
 TEST_P(CpuRoom, EqualsTheReferenceForEveryActivation) {
   for (const ActivationKind kind : {ActivationKind::swiglu, ActivationKind::swiglu_clamped, ActivationKind::geglu_erf,
                                     ActivationKind::geglu_tanh, ActivationKind::relu2}) {
-    for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
+    for (const Precision precision : kPrecisions) {
       for (const Encoding encoding : {Encoding::nvfp4, Encoding::mxfp4}) {
         cases::Spec spec = spec_of(96, 64, 6, encoding);
         spec.problem.activation.kind = kind;
@@ -378,6 +378,98 @@ TEST_P(CpuRoom, RowsOfEveryMagnitude) {
   }
 }
 
+// What w4a8_int8 makes of a row of 16-bit values, from the contract in format/quantise.h and nothing of its body.
+std::vector<f64> plain_int8(const f64* x, i64 n) {
+  std::vector<f64> out(n);
+  for (i64 first = 0; first < n; first += 32) {
+    const i64 end = std::min<i64>(n, first + 32);
+    f64 amax = 0.0;
+    for (i64 i = first; i < end; ++i) amax = std::max(amax, std::abs(x[i]));
+    const f64 scale = 2.0 * static_cast<f32>(amax / 254.0);
+    for (i64 i = first; i < end; ++i) {
+      out[i] = scale == 0.0 ? 0.0 : std::nearbyint(static_cast<f32>(x[i] / scale)) * scale;
+    }
+  }
+  return out;
+}
+
+// Rows whose groups of 32 columns differ by up to 2^40, some of zeros, times weights of both encodings: a scale that is
+// dropped, taken of another group or of another row, and columns in another order are far beyond the bound.
+void fill_int8_rows(Stages* s) {
+  std::mt19937_64 random(5);
+  const i64 cols = s->problem.inter;
+  for (i64 at = 0; at < s->slots() * cols; ++at) {
+    const i64 group = at % cols / 32 + at / cols * 7;
+    const f32 size = group % 5 == 3 ? 0.0f : std::ldexp(1.0f, static_cast<i32>(group * 13 % 40) - 20);
+    s->rows[at] = format::to_bf16((static_cast<f32>(random() % 255) / 128.0f - 1.0f) * size);
+  }
+}
+
+TEST_P(CpuRoom, Int8TokensEqualPlainDoubleArithmetic) {
+  for (const Encoding encoding : {Encoding::nvfp4, Encoding::mxfp4}) {
+    for (const auto& [inter, tokens] : {std::pair{16, 3}, {32, 1}, {80, 5}, {208, 40}, {352, 2}, {1856, 30}}) {
+      if (encoding == Encoding::mxfp4 && inter % 32 != 0) continue;
+      cases::Spec spec = spec_of(64, inter, tokens, encoding);
+      spec.problem.precision = Precision::w4a8_int8;
+      spec.problem.experts = spec.problem.local_experts = 3;
+      spec.problem.top_k = 2;
+      Stages s(spec);
+      SCOPED_TRACE(cases::describe(spec));
+      fill_int8_rows(&s);
+      const std::vector<f64> rows = s.inter();
+      s.gemm2(how());
+      for (i64 slot = 0; slot < s.slots(); ++slot) {
+        const std::vector<f64> y = plain_int8(rows.data() + slot * inter, inter);
+        const std::vector<f64> found(s.partial.begin() + slot * 64, s.partial.begin() + (slot + 1) * 64);
+        ASSERT_LE(cases::rel_l2(found, plain_gemm2(s, slot, y.data())), 1e-6) << slot;
+      }
+    }
+  }
+}
+
+// Scales down to those of the least bf16.
+TEST_P(CpuRoom, Int8TokensOfEveryMagnitude) {
+  cases::Spec spec = spec_of(80, 48, 64);
+  spec.problem.precision = Precision::w4a8_int8;
+  spec.routes = Routes::one_expert;
+  spec.problem.top_k = 1;
+  Stages s(spec);
+  for (const u16 least : {u16{1}, u16{0x80}, u16{0x7980}}) {  // 2^-133, the least bf16; 2^-126; 2^116
+    for (i64 at = 0; at < 64 * 48; ++at) s.rows[at] = static_cast<u16>((at % 3 == 0 ? 0x8000 : 0) | least);
+    const std::vector<f64> rows = s.inter();
+    s.gemm2(how());
+    const std::vector<f64> y = plain_int8(rows.data(), 48);
+    const std::vector<f64> z = plain_gemm2(s, 0, y.data());
+    for (i64 slot = 0; slot < 64; ++slot) {
+      for (i64 h = 0; h < 80; ++h) {
+        // Below 2^-126 a sum is a multiple of 2^-149, three times a block: once scaled, once added, and once as a
+        // result.
+        ASSERT_NEAR(s.partial[slot * 80 + h], z[h], std::abs(z[h]) * 1e-5 + std::ldexp(1.0, -136)) << least;
+      }
+    }
+  }
+}
+
+// A token that is not finite gives NaN in its own slots, through a zero weight too, and changes no bit of the others.
+TEST_P(CpuRoom, Int8TokensThatAreNotFinite) {
+  for (const u16 bad : {u16{0x7fc0}, u16{0xffc1}, u16{0x7f80}, u16{0xff80}}) {
+    cases::Spec spec = spec_of(80, 48, 20);
+    spec.problem.precision = Precision::w4a8_int8;
+    Stages right(spec), s(spec);
+    std::memcpy(s.call.hidden.data() + 2 * (3 * 80 + 71), &bad, 2);
+    right.gemm1(how());
+    right.gemm2(how());
+    s.gemm1(how());
+    s.gemm2(how());
+    for (i64 slot = 0; slot < s.slots(); ++slot) {
+      const bool hit = s.slot_pick[slot] / spec.problem.top_k == 3;
+      for (i64 i = 0; hit && i < 48; ++i) ASSERT_TRUE(std::isnan(format::from_bf16(s.rows[slot * 48 + i])));
+      for (i64 h = 0; hit && h < 80; ++h) ASSERT_TRUE(std::isnan(s.partial[slot * 80 + h]));
+      ASSERT_EQ(hit, 0 != std::memcmp(&s.partial[slot * 80], &right.partial[slot * 80], 4 * 80)) << slot;
+    }
+  }
+}
+
 // A NaN of a token or an infinite gate shows in what it meets and in nothing else.
 TEST_P(CpuRoom, ActivationsKeepNaNs) {
   for (const ActivationKind kind :
@@ -428,7 +520,7 @@ bool same_bits(const Bits& a, const Bits& b) {
 }
 
 TEST_P(CpuRoom, ThreadsDoNotChangeABit) {
-  for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
+  for (const Precision precision : kPrecisions) {
     cases::Spec spec = spec_of(208, 176, 75);
     spec.problem.precision = precision;
     spec.routes = Routes::skewed;
@@ -442,9 +534,9 @@ TEST_P(CpuRoom, ThreadsDoNotChangeABit) {
 
 // A token alone, and in batches that cut its expert's rows into chunks and tiles of every size.
 TEST_P(CpuRoom, TheRestOfTheBatchDoesNotChangeABit) {
-  for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
+  for (const Precision precision : kPrecisions) {
     for (const Encoding encoding : {Encoding::nvfp4, Encoding::bf16}) {
-      if (precision == Precision::w4a4 && encoding == Encoding::bf16) continue;
+      if (precision != Precision::w4a16 && encoding == Encoding::bf16) continue;
       cases::Spec spec = spec_of(80, 48, 1, encoding);
       spec.problem.precision = precision;
       spec.routes = Routes::one_expert;
@@ -457,7 +549,7 @@ TEST_P(CpuRoom, TheRestOfTheBatchDoesNotChangeABit) {
         const Bits all = run_bits(&batch, how());
         ASSERT_EQ(batch.slot_pick[0], 0);
         ASSERT_EQ(0, std::memcmp(all.partial.data(), single.partial.data(), 4 * spec.problem.hidden)) << tokens;
-        if (precision == Precision::w4a16) ASSERT_EQ(0, std::memcmp(all.rows.data(), single.rows.data(), 2 * 48));
+        if (precision != Precision::w4a4) ASSERT_EQ(0, std::memcmp(all.rows.data(), single.rows.data(), 2 * 48));
         else ASSERT_EQ(0, std::memcmp(all.codes.data(), single.codes.data(), 48 / 2));
       }
     }
@@ -493,6 +585,35 @@ TEST(CpuRoomLevels, W4a4IsTheSameFromAvx512On) {
       for (const CpuLevel level : levels()) {
         if (level < CpuLevel::vnni) continue;
         EXPECT_TRUE(same_bits(run_bits(&s, {"cpu", level}), plain)) << cpu_level_name(level) << ", " << tokens;
+      }
+    }
+  }
+}
+
+// Sums of whole numbers are exact at every level; the portable one rounds a multiply-add twice, and e^x differs by
+// level, so this compares gemm2 of one intermediate.
+TEST(CpuRoomLevels, W4a8Int8IsTheSameFromAvx2On) {
+  if (machine().cpu_level < CpuLevel::avx512) GTEST_SKIP() << "this machine has one such level at most";
+  for (const Encoding encoding : {Encoding::nvfp4, Encoding::mxfp4}) {
+    for (const Dtype activations : {Dtype::bf16, Dtype::f16}) {
+      for (const i32 tokens : {1, 3, 40, 130}) {
+        cases::Spec spec = spec_of(224, 96, tokens, encoding);
+        spec.problem.precision = Precision::w4a8_int8;
+        spec.problem.activations = activations;
+        Stages s(spec);
+        s.gemm1({"cpu", CpuLevel::avx2});
+        s.gemm2({"cpu", CpuLevel::avx2});
+        const std::vector<f64> avx2 = s.output();
+        for (const CpuLevel level : levels()) {
+          if (level < CpuLevel::avx512) continue;
+          s.gemm2({"cpu", level});
+          EXPECT_EQ(s.output(), avx2) << cpu_level_name(level) << ", " << tokens;
+        }
+        const Bits plain = run_bits(&s, {"cpu", CpuLevel::avx512});
+        for (const CpuLevel level : levels()) {
+          if (level < CpuLevel::avx512) continue;
+          EXPECT_TRUE(same_bits(run_bits(&s, {"cpu", level}), plain)) << cpu_level_name(level) << ", " << tokens;
+        }
       }
     }
   }
@@ -538,17 +659,26 @@ TEST_P(CpuRoom, WeightsThatAreNotPackedAreRefused) {
 TEST_P(CpuRoom, SaysWhatItChooses) {
   Machine here = machine();
   here.cpu_level = GetParam();
-  const std::string words = step("cpu", "gemm1").describe(cases::problem(64, 48, 4, 2), here);
+  Problem problem = cases::problem(64, 48, 4, 2);
+  const std::string words = step("cpu", "gemm1").describe(problem, here);
   EXPECT_EQ(words.find(cpu_level_name(GetParam())), 0u) << words;
+  EXPECT_EQ(words.find("int8"), std::string::npos) << words;
+  problem.precision = Precision::w4a8_int8;
+  const std::string int8 = step("cpu", "gemm1").describe(problem, here);
+  EXPECT_EQ(int8.find(cpu_level_name(GetParam())), 0u) << int8;
+  EXPECT_NE(int8.find("on int8 tokens"), std::string::npos) << int8;
 }
 
-TEST(CpuRoomRefuses, DenseWeightsInW4a4) {
+TEST(CpuRoomRefuses, DenseWeightsWithQuantisedTokens) {
   Problem problem = cases::problem(64, 48, 4, 2);
   problem.encoding = Encoding::bf16;
-  problem.precision = Precision::w4a4;
-  const Verdict verdict = step("cpu", "gemm1").can(problem, machine());
-  EXPECT_EQ(verdict.reason, Reason::precision_unsupported);
-  EXPECT_NE(verdict.detail.find("w4a16 would pass"), std::string::npos) << verdict.detail;
+  for (const Precision precision : {Precision::w4a4, Precision::w4a8_int8}) {
+    problem.precision = precision;
+    const Verdict verdict = step("cpu", "gemm1").can(problem, machine());
+    EXPECT_EQ(verdict.reason, Reason::precision_unsupported);
+    EXPECT_EQ(verdict.detail.find(precision_name(precision)), 0u) << verdict.detail;
+    EXPECT_NE(verdict.detail.find("w4a16 would pass"), std::string::npos) << verdict.detail;
+  }
 }
 
 }  // namespace

@@ -107,6 +107,32 @@ TEST(DevicePlan, IsAllOnTheDevice) {
   }
 }
 
+TEST(DevicePlan, RefusesInt8) {
+  for (const char* backend : {"auto", "sm90"}) {
+    for (const i32 tokens : {4, 1024}) {
+      Problem p = usual();
+      p.precision = Precision::w4a8_int8;
+      p.max_tokens = tokens;
+      Plan plan;
+      const Status status = make(p, with_h200(0), {backend, {}}, &plan);
+      EXPECT_EQ(status.reason, Reason::no_plan);
+      EXPECT_NE(status.detail.find("w4a16 or w4a4, or device host, would pass"), std::string::npos) << status.detail;
+      EXPECT_EQ(find(plan, "sm90", "gemm1").verdict.reason, Reason::precision_unsupported);
+      EXPECT_EQ(find(plan, "sm90", "whole").verdict.reason, Reason::precision_unsupported);
+    }
+  }
+}
+
+// The rows between stages are those of w4a16: what becomes int8 is not kept.
+TEST(Plan, Int8NeedsNoMoreMemoryThanW4a16) {
+  Problem p = usual();
+  Plan exact, int8;
+  ASSERT_TRUE(make(p, machine(), {"reference", {}}, &exact).ok());
+  p.precision = Precision::w4a8_int8;
+  ASSERT_TRUE(make(p, machine(), {"reference", {}}, &int8).ok());
+  EXPECT_EQ(int8.workspace_bytes, exact.workspace_bytes);
+}
+
 TEST(DevicePlan, FewTokensTakeOneStep) {
   Problem p = usual();
   p.max_tokens = 8;
@@ -243,6 +269,12 @@ INSTANTIATE_TEST_SUITE_P(
               p->precision = Precision::w4a4;
             },
             Reason::precision_unsupported, "w4a16 would pass"},
+        Bad{"dense_w4a8_int8",
+            [](Problem* p) {
+              p->encoding = format::Encoding::bf16;
+              p->precision = Precision::w4a8_int8;
+            },
+            Reason::precision_unsupported, "w4a8_int8 needs 4-bit weights, these are bf16; w4a16 would pass"},
         Bad{"tokens", [](Problem* p) { p->max_tokens = -1; }, Reason::argument_invalid, "max_tokens"}),
     [](const auto& at) { return at.param.name; });
 

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -182,6 +183,68 @@ TEST(QuantiseBlocks, FollowsTheRecipeToTheLastBit) {
       ASSERT_EQ(scales[b * 2 + 1], 0xcc);
     }
   }
+}
+
+struct Int8Row {
+  std::vector<i8> codes;
+  std::vector<f32> halves;
+};
+
+Int8Row quantise_int8(const std::vector<f32>& x) {
+  const i64 n = static_cast<i64>(x.size());
+  Int8Row row = {std::vector<i8>(n, 99), std::vector<f32>((n + 31) / 32, -1.0f)};
+  format::quantise_int8(x.data(), n, row.codes.data(), row.halves.data());
+  return row;
+}
+
+TEST(QuantiseInt8, FollowsTheRecipeToTheLastBit) {
+  std::mt19937_64 random(11);
+  for (const i64 n : {16, 32, 48, 80, 1856}) {
+    std::vector<f32> x(n);
+    for (i64 i = 0; i < n; ++i) {
+      x[i] = std::ldexp(static_cast<f32>(random() % 511) - 255.0f, static_cast<int>(i / 32 * 29 % 240) - 130);
+    }
+    const Int8Row row = quantise_int8(x);
+    for (i64 i = 0; i < n; ++i) {
+      f64 amax = 0.0;
+      for (i64 k = i / 32 * 32; k < std::min(n, i / 32 * 32 + 32); ++k) amax = std::max(amax, std::abs(f64{x[k]}));
+      const f32 half = row.halves[i / 32];
+      ASSERT_EQ(half, static_cast<f32>(amax / 254.0)) << i;
+      ASSERT_EQ(row.codes[i], std::nearbyint(static_cast<f32>(x[i] / (2.0 * half)))) << i;
+      ASSERT_LE(std::abs(x[i] - row.codes[i] * 2.0 * half), half * 1.01) << i;
+    }
+  }
+}
+
+TEST(QuantiseInt8, TiesGoToEven) {
+  std::vector<f32> x(32, 0.0f);
+  x[0] = -254.0f;  // scale 2
+  for (i64 i = 1; i < 16; ++i) x[i] = static_cast<f32>(i % 2 == 0 ? -i : i);
+  const Int8Row row = quantise_int8(x);
+  EXPECT_EQ(row.halves[0], 1.0f);
+  EXPECT_EQ(row.codes[0], -127);
+  const i8 expected[16] = {-127, 0, -1, 2, -2, 2, -3, 4, -4, 4, -5, 6, -6, 6, -7, 8};
+  EXPECT_TRUE(std::equal(expected, expected + 16, row.codes.begin()));
+}
+
+TEST(QuantiseInt8, ScalesOfZerosOfNoNumbersAndOfTheLeastValues) {
+  const f32 nan = std::numeric_limits<f32>::quiet_NaN(), infinity = std::numeric_limits<f32>::infinity();
+  std::vector<f32> x(32 * 5 + 16, 0.0f);
+  std::fill_n(x.begin() + 32, 96, 3.0f);
+  x[32 + 31] = nan;
+  x[64 + 15] = infinity;
+  x[96 + 16] = -infinity;
+  x[128] = -0x1p-133f;  // the least bf16
+  x[160 + 15] = 0x1.fep127f;
+  const Int8Row row = quantise_int8(x);
+  EXPECT_EQ(row.halves[0], 0.0f);
+  for (i64 group = 1; group < 4; ++group) EXPECT_TRUE(std::isnan(row.halves[group])) << group;
+  EXPECT_TRUE(std::all_of(row.codes.begin(), row.codes.begin() + 128, [](i8 code) { return code == 0; }));
+  EXPECT_EQ(row.codes[128], -127);
+  EXPECT_EQ(row.halves[4], 0x1p-133f / 254.0f);
+  EXPECT_GT(row.halves[4], 0.0f);
+  EXPECT_EQ(row.codes[160 + 15], 127);
+  EXPECT_TRUE(std::isfinite(row.halves[5]));
 }
 
 }  // namespace

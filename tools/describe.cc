@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cstdio>
@@ -186,6 +187,9 @@ Problem parse_shape(const std::string& text) {
   return problem;
 }
 
-Precision parse_precision(const std::string& word) { return word == "w4a4" ? Precision::w4a4 : Precision::w4a16; }
+Precision parse_precision(const std::string& word) {
+  return *std::find_if(kPrecisions.begin(), kPrecisions.end() - 1,
+                       [&](Precision p) { return precision_name(p) == word; });
+}
 
 }  // namespace fourmoe::tools

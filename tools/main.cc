@@ -33,6 +33,12 @@ CLI::Option* one_of(CLI::Option* option, const std::vector<std::string>& words) 
   return option->check(CLI::IsMember(words).description(""))->type_name(type)->capture_default_str();
 }
 
+std::vector<std::string> precision_names() {
+  std::vector<std::string> names;
+  for (const Precision precision : kPrecisions) names.emplace_back(precision_name(precision));
+  return names;
+}
+
 }  // namespace
 
 CLI::Validator within(f64 least, f64 most) {
@@ -49,8 +55,8 @@ void add_backend(CLI::App* app, std::string* backend) {
 }
 
 void add_precision(CLI::App* app, std::string* precision) {
-  one_of(app->add_option("--precision", *precision, "activations of 16 bits, or quantised to NVFP4 too"),
-         {"w4a16", "w4a4"});
+  one_of(app->add_option("--precision", *precision, "activations of 16 bits, or quantised too: to NVFP4, or to int8"),
+         precision_names());
 }
 
 void add_threads(CLI::App* app, int* threads) {

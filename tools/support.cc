@@ -111,11 +111,12 @@ std::string processors(const Step& step) {
 }
 
 int run(bool markdown) {
-  Table table({"step", "stages", "processor", "w4a16 weights", "w4a4 weights", "activations"});
+  Table table({"step", "stages", "processor", "w4a16 weights", "w4a4 weights", "w4a8_int8 weights", "activations"});
   for (const Step* step : backends::list()) {
     const std::string name = step_words(*step);
     table.add({markdown ? fmt::format("`{}`", name) : name, span_words(step->span), processors(*step),
-               encodings(*step, Precision::w4a16), encodings(*step, Precision::w4a4), activations(*step)});
+               encodings(*step, Precision::w4a16), encodings(*step, Precision::w4a4),
+               encodings(*step, Precision::w4a8_int8), activations(*step)});
   }
   fmt::print("{}", markdown ? table.markdown() : table.text());
   return kSuccess;

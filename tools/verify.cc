@@ -223,7 +223,7 @@ std::vector<const Step*> steps_of(const std::string& backend, i32 device) {
 
 void verify_weights(const std::string& name, const checkpoint::Layer& weights, const Options& options,
                     Progress* progress, std::vector<Verification>* out) {
-  for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
+  for (const Precision precision : kPrecisions) {
     const i32 device = device_of(options.device, options.backend);
     Bench bench(name, weights, precision, device, &tbb_executor(options.threads));
     if (!bench.possible()) continue;

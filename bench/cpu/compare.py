@@ -16,6 +16,7 @@ import tempfile
 
 # dsv3-expert: DeepSeek-V3's experts, 32 of its 256, so that two layers of them fit small machines.
 SHAPES = {"qwen3-30b": "2048,768,128,8", "dsv3-expert": "7168,2048,32,8"}
+QUANTISED = ("w4a4", "w4a8_int8")
 RIVALS = [("nvfp4", False), ("mxfp4", True), ("q4_0", True), ("q4_K", True)]
 
 
@@ -44,7 +45,8 @@ def rival(args, kind, repack, tokens):
 
 def measure_row(args, tokens):
     row = {"tokens": tokens, "w4a16": bench(args, tokens, "w4a16", args.threads)}
-    row["w4a4"] = bench(args, tokens, "w4a4", args.threads)
+    for name in QUANTISED:
+        row[name] = bench(args, tokens, name, args.threads)
     if args.threads > 1:
         row["one_thread"] = bench(args, tokens, "w4a16", 1)
     row["ggml"] = [found for kind, repack in RIVALS if args.ggml for found in [rival(args, kind, repack, tokens)]
@@ -54,7 +56,7 @@ def measure_row(args, tokens):
 
 
 def slowest_read(row):
-    return min(row[name]["ceilings"]["read_bytes_per_second"] for name in ("w4a16", "w4a4", "again"))
+    return min(row[name]["ceilings"]["read_bytes_per_second"] for name in ("w4a16", *QUANTISED, "again"))
 
 
 def measure(args):
@@ -80,7 +82,8 @@ def cells(row):
     yield f"{row['tokens']:6d}"
     yield f"{ceilings['read_bytes_per_second'] / 1e9:7.1f} {ceilings['flops_per_second'] / 1e12:6.2f}"
     yield f"{case['median_us']:9.0f} {case['share_of_read']:6.0%} {case['share_of_peak']:6.0%}"
-    yield f"{row['w4a4']['case']['median_us']:9.0f} {row['w4a4']['case']['share_of_read']:6.0%}"
+    for name in QUANTISED:
+        yield f"{row[name]['case']['median_us']:9.0f} {row[name]['case']['share_of_read']:6.0%}"
     if "one_thread" in row:
         yield f"{row['one_thread']['case']['median_us'] / case['median_us']:6.2f}"
     for found in row["ggml"]:
@@ -106,7 +109,7 @@ def draw(rows, path):
 
 def draw_shares(axis, rows):
     tokens = [row["tokens"] for row in rows]
-    for name in ("w4a16", "w4a4"):
+    for name in ("w4a16", *QUANTISED):
         axis.plot(tokens, [row[name]["case"]["share_of_read"] for row in rows], "o-", label=f"{name}, of read")
     axis.plot(tokens, [row["w4a16"]["case"]["share_of_peak"] for row in rows], "s--", label="w4a16, of AMX bf16")
     axis.set(title="share of the ceilings of the same call", xlabel="tokens", xscale="log", ylim=(0, 1))
@@ -136,7 +139,7 @@ def main():
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args()
-    print("tokens  read GB/s, peak TFLOP/s  w4a16 us, of read, of peak  w4a4 us, of read  speed-up of threads  ggml's time "
+    print("tokens  read GB/s, peak TFLOP/s  w4a16 us, of read, of peak  w4a4 us, of read  w4a8_int8 us, of read  speed-up of threads  ggml's time "
           "over w4a16's (*: repacked)")
     rows = measure(args)
     if args.plot:

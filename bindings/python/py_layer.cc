@@ -97,10 +97,11 @@ void check_routes(const LayerCall& call, const Problem& p) {
 }  // namespace
 
 Precision parse_precision(const std::string& word) {
-  for (const Precision precision : {Precision::w4a16, Precision::w4a4}) {
+  for (const Precision precision : kPrecisions) {
     if (word == precision_name(precision)) return precision;
   }
-  throw Error(Reason::argument_invalid, fmt::format("precision is '{}', expected 'w4a16' or 'w4a4'", word));
+  throw Error(Reason::argument_invalid,
+              fmt::format("precision is '{}', expected 'w4a16', 'w4a4' or 'w4a8_int8'", word));
 }
 
 PyLayer::PyLayer(checkpoint::Layer source, const Choices& choices, std::string what, std::vector<nb::object> held)

@@ -19,7 +19,8 @@ def load(path: Union[str, "os.PathLike[str]"], layer: Union[int, None] = None, *
     path: a folder with config.json, a .safetensors file beside its config.json, or a .gguf file.
     layer: its index in the model (see `layers`); may be left out where the model has one MoE layer.
     device: "cpu" or "cuda:N"; where the layer computes, and where the arrays of a call must be.
-    precision: "w4a16" (activations of 16 bits, weights exact) or "w4a4" (activations quantised to NVFP4 too).
+    precision: "w4a16" (activations of 16 bits, weights exact), "w4a4" (activations quantised to NVFP4 too) or, on a CPU,
+        "w4a8_int8" (activations quantised to int8 in groups of 32 columns: lossy, 1 to 2 % off, never chosen unasked).
     max_tokens: most tokens of one pass; longer calls are split. It sizes the workspace.
     plan: "auto", or the name of a backend ("cpu", "reference"), which must then compute everything.
     threads: most threads that compute; 0: all.

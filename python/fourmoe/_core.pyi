@@ -106,7 +106,7 @@ class Layer:
         """Most tokens of one pass."""
     @property
     def precision(self) -> str:
-        """ "w4a16" or "w4a4"."""
+        """ "w4a16", "w4a4" or "w4a8_int8"."""
     @property
     def encoding(self) -> str:
         """Of the weights: "nvfp4", "mxfp4", "bf16", "f16", "f32" or "fp8"."""

@@ -1,6 +1,7 @@
 #include "format/quantise.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "machine.h"
 
@@ -21,6 +22,8 @@ f32 block_amax(const f32* x) {
   for (i32 i = 0; i < kNvfp4Block; ++i) largest = std::max(largest, std::bit_cast<i32>(x[i]) & 0x7fffffff);
   return std::bit_cast<f32>(largest);
 }
+
+f32 larger(f32 a, f32 b) { return std::bit_cast<f32>(std::max(std::bit_cast<i32>(a), std::bit_cast<i32>(b))); }
 
 void quantise_plain(const Blocks& blocks, i64 count, f32 global) {
   for (i64 block = 0; block < count; ++block) {
@@ -124,6 +127,18 @@ void quantise_blocks(const Blocks& blocks, i64 count, f32 global) {
 
 void quantise_row(const f32* x, i64 n, f32 global, u8* codes, u8* scales) {
   quantise_blocks({x, kNvfp4Block, codes, kNvfp4Block / 2, scales, 1}, n / kNvfp4Block, global);
+}
+
+void quantise_int8(const f32* x, i64 n, i8* codes, f32* halves) {
+  constexpr f32 kWhole = 0x1.8p23f;  // a sum with it has no bits below 1, so it rounds, ties to even
+  for (i64 first = 0; first < n; first += kInt8Group, ++halves) {
+    const i64 end = std::min<i64>(n, first + kInt8Group);
+    f32 amax = block_amax(x + first);
+    if (end - first > kNvfp4Block) amax = larger(amax, block_amax(x + first + kNvfp4Block));
+    *halves = std::isfinite(amax) ? amax / 254.0f : std::numeric_limits<f32>::quiet_NaN();
+    const f32 scale = 2.0f * *halves;
+    for (i64 i = first; i < end; ++i) codes[i] = scale > 0.0f ? static_cast<i8>(x[i] / scale + kWhole - kWhole) : i8{0};
+  }
 }
 
 void dequantise_row(const u8* codes, const u8* scales, i64 n, f32* out) {

@@ -4,8 +4,11 @@
 //   y    = activate(gate, up), rounded for gemm2
 // x in w4a16: the token rounded to Problem::activations (exact unless it is f32), times the routing weight and rounded
 // again if that weighs the input. x in w4a4: E2M1 * E4M3 from route, and the layer's input scale joins the globals.
+// x in w4a8_int8: w4a16's, then int8 times the scale of its group of 32 columns (format/quantise.h); y is rounded as in
+// w4a16, and to int8 where gemm2 reads it.
 // Products are exact; sums are f32 or better; a slot's result does not depend on the other slots.
-// Bound: rel-L2 <= 2e-4 against the reference before y is rounded, <= 3e-3 after bf16 rounding, <= 1e-2 for w4a4.
+// Bound: rel-L2 <= 2e-4 against the reference before y is rounded, <= 3e-3 after bf16 rounding, <= 1e-2 for w4a4, <=
+// 3e-3 for w4a8_int8.
 #pragma once
 
 #include "flow.h"
@@ -14,10 +17,10 @@ namespace fourmoe::gemm1 {
 
 // Overwritten; rows beyond the slots in use are left alone.
 struct Out {
-  u16* rows = nullptr;   // [slots, inter] bf16 or f16 (Problem::activations); w4a16, and plans for a GPU, where w4a4
-                         // has the exact values of codes and scales without their global in bf16; f16 on a GPU: two
-                         // planes of max_tokens * top_k slots in bf16 that sum to the values
-  u8* codes = nullptr;   // [slots, inter/2] E2M1 pairs, low nibble first; null unless w4a4
+  u16* rows = nullptr;  // [slots, inter] bf16 or f16 (Problem::activations); but in w4a4, and plans for a GPU, where it
+                        // has the exact values of codes and scales without their global in bf16; f16 on a GPU: two
+                        // planes of max_tokens * top_k slots in bf16 that sum to the values
+  u8* codes = nullptr;  // [slots, inter/2] E2M1 pairs, low nibble first; null unless w4a4
   u8* scales = nullptr;  // [slots, inter/16] E4M3; null unless w4a4
 };
 

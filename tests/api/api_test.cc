@@ -102,6 +102,25 @@ TEST(Api, RoutesFromLogitsAndReturnsThePicks) {
   EXPECT_NEAR(b.y[0], expected(), 1e-5f);
 }
 
+// Tokens of one value have that value's int8 code 127 and lose nothing; more is in the tests of the layer.
+TEST(Api, ComputesWithInt8ActivationsWhereAskedTo) {
+  const Constant weights;
+  fourmoe::Options options;
+  EXPECT_EQ(fourmoe::Layer::create(weights.desc, options).info().precision, FOURMOE_W4A16);
+  options.precision = FOURMOE_W4A8_INT8;
+  for (const char* backend : {"auto", "cpu", "reference"}) {
+    options.backend = backend;
+    fourmoe::Layer layer = fourmoe::Layer::create(weights.desc, options);
+    EXPECT_EQ(layer.info().precision, FOURMOE_W4A8_INT8);
+    Buffers b(3);
+    layer.run(b.call);
+    for (const float value : b.y) EXPECT_NEAR(value, expected(), 1e-5f) << backend;
+  }
+  options.precision = static_cast<fourmoe_precision>(3);
+  expect_error("argument_invalid", "options.precision is 3, expected 0 to 2",
+               [&] { fourmoe::Layer::create(weights.desc, options); });
+}
+
 // Code 6 (0x7), scale 1 (0x38) and input_scale 1/12 are tokens of 0.5, as the layer itself quantises them. inter_scale
 // is such that the intermediate, one value in all columns, is 6 * 448 * inter_scale.
 TEST(Api, TakesTokensThatAreNvfp4Already) {

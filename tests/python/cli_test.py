@@ -156,6 +156,12 @@ class Run(Case):
         self.assertLess(self.error("output_w4a4"), 1e-2)
         self.assertLess(self.error("output_w4a4"), self.error("output_w4a16"))
 
+    def test_w4a8_int8(self):
+        self.captured(1)
+        report = self.object_of(*self.arguments("--precision", "w4a8_int8", layer=1))
+        self.assertEqual((report["check"]["passed"], report["problem"]["precision"]), (True, "w4a8_int8"))
+        self.assertTrue(5e-3 < self.error("output_w4a16", 1) < 2e-2, self.error("output_w4a16", 1))
+
     def test_logits_and_picks_give_what_the_router_gives(self):
         self.captured()
         self.succeeds(*self.arguments("--picks"))
@@ -190,7 +196,7 @@ class Run(Case):
             folder = FIXTURES / f"modelopt-{name}"
             hidden = self.object_of("inspect", folder)["layers"][0]["problem"]["hidden"]
             write(self.input, hidden_states=floats(5, hidden, 0.3))
-            for precision in ("w4a16", "w4a4"):
+            for precision in ("w4a16", "w4a4", "w4a8_int8"):
                 report = self.object_of(*self.arguments("--precision", precision, layer=layer, model=folder))
                 self.assertEqual((report["check"]["passed"], report["check"]["tokens"]), (True, 5), name)
 
@@ -364,7 +370,7 @@ class Quantize(Case):
 class Verify(Case):
     def test_the_trained_model(self):
         text = self.succeeds("verify", TINY / "nvfp4", "--layer", 2)
-        for words in ("cpu.gemm1", "cpu.gemm2", "reference.gemm1", "w4a16", "w4a4", "ok"):
+        for words in ("cpu.gemm1", "cpu.gemm2", "reference.gemm1", "w4a16", "w4a4", "w4a8_int8", "ok"):
             self.assertIn(words, text)
         self.assertNotIn("FAILED", text)
         report = self.object_of("verify", TINY / "nvfp4", "--layer", 2, "--backend", "cpu")
@@ -431,7 +437,7 @@ class Bench(Case):
 
     def test_other_encodings_and_forms(self):
         for shape in ("tiny",):
-            for precision in ("w4a16", "w4a4"):
+            for precision in ("w4a16", "w4a4", "w4a8_int8"):
                 self.succeeds("bench", "--shape", shape, "--tokens", 2, "--seconds", 0, "--precision", precision)
         self.refuses(1, "shape_unsupported", "bench", "--shape", "65,32,4,2", "--tokens", 1)
 

@@ -8,7 +8,7 @@ import numpy as np
 SOURCE = pathlib.Path(os.environ.get("FOURMOE_SOURCE", pathlib.Path(__file__).parents[2]))
 BUILD = pathlib.Path(os.environ.get("FOURMOE_BUILD", SOURCE / "build"))
 F32, BF16, I32 = 0, 2, 3
-W4A16, W4A4 = 0, 1
+W4A16, W4A4, W4A8_INT8 = 0, 1, 2
 
 
 class Tensor(ctypes.Structure):

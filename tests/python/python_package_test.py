@@ -92,6 +92,10 @@ class Results(unittest.TestCase):
         w4a4 = fourmoe.pack(**packed.arguments, precision="w4a4", plan="reference")(x, ids, weights)
         np.testing.assert_array_equal(layer(x, ids, weights, precision="w4a4", plan="reference"), w4a4)
         self.assertGreater(relative_l2(w4a4, layer(x, ids, weights)), 0.02)
+        int8 = layer(x, ids, weights, precision="w4a8_int8")
+        self.assertLess(relative_l2(int8, layer(x, ids, weights, precision="w4a8_int8", plan="reference")), 3e-3)
+        self.assertTrue(0.003 < relative_l2(int8, layer(x, ids, weights)) < 0.02)
+        np.testing.assert_array_equal(fourmoe.pack(**packed.arguments, precision="w4a8_int8")(x, ids, weights), int8)
         with self.assertRaisesRegex(ValueError, "no backend is called 'gpu9'; there are auto, .*cpu, reference"):
             layer(x, ids, weights, plan="gpu9")
 
@@ -236,7 +240,7 @@ class Contracts(unittest.TestCase):
             ("give router_logits, or topk_ids", lambda: self.layer(x)),
             (r"out is \[3, 64\], expected \[4, 64\]", lambda: self.layer(x, ids, weights, out=np.empty((3, 64), "f"))),
             ("out shares memory with hidden_states", lambda: self.layer(x, ids, weights, out=x)),
-            ("precision is 'w8', expected 'w4a16' or 'w4a4'", lambda: self.layer(x, ids, weights, precision="w8")),
+            ("precision is 'w8', expected 'w4a16', 'w4a4' or 'w4a8_int8'", lambda: self.layer(x, ids, weights, precision="w8")),
         ]:
             with self.subTest(words), self.assertRaisesRegex(fourmoe.ArgumentError, words):
                 call()

@@ -3,8 +3,11 @@
 // A strip of panels (16 weight rows each) is multiplied by a tile of m tokens. Weights are decoded once for the tile.
 // An atom sums in one order whatever m and count, so its results do not depend on the batch. Atoms of f32 tokens:
 //   total = 0;  for each block of 16 columns:  sum = w_0 x_0;  sum += w_k x_k, k = 1..15;  total += scale * sum
-// (dense: total += sum). Products of the sum are exact for 16-bit and NVFP4 tokens times E2M1 codes. Atoms of other
-// forms say theirs in their files.
+// (dense: total += sum). Products of the sum are exact for 16-bit and NVFP4 tokens times E2M1 codes. Atoms of int8
+// tokens, whose columns share a scale in groups of 32, sum whole numbers, exactly in f32 as in 32-bit integers:
+//   total = 0;  for each block of 16 columns:  sum = sum_k 2 w_k x_k;  total += weight_scale * (sum * half_scale)
+// so that they agree bit for bit where total's line is a multiply-add that rounds once. Atoms of other forms say theirs
+// in their files.
 //
 // The files that define tables are compiled for their level: this header and atom_kernel.h must therefore hold nothing
 // that a linker could pick for other levels too. Data and declarations only.
@@ -91,6 +94,12 @@ struct Finish {
   Scale scale;
 };
 
+// 16-bit tokens to int8 by format::quantise_int8. A step holds twice the codes of a block, as f32, and the half scale
+// of their group. For atoms of f32 that sum whole numbers.
+inline constexpr std::int32_t kWholeStepFloats = 20;  // 16 codes, the half scale, 3 unused
+float whole_bf16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride);
+float whole_f16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride);
+
 // NVFP4 tokens to f32, without the global scale: exact. For atoms of f32 tokens.
 float widen_nvfp4(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride);
 
@@ -104,6 +113,12 @@ const Finish* finish_portable();
 const Finish* finish_avx2();
 const Finish* finish_avx512();
 const Atom* atom_vnni();  // nvfp4 tokens, nvfp4 and mxfp4 panels
-const Atom* atom_amx();   // bf16 tokens, nvfp4 panels
+
+// The same levels for int8 tokens, made of bf16 or f16 ones as they are loaded; nvfp4 and mxfp4 panels.
+const Atom* atom_portable_int8();
+const Atom* atom_avx2_int8();
+const Atom* atom_avx512_int8();
+const Atom* atom_vnni_int8();
+const Atom* atom_amx();  // bf16 tokens, nvfp4 panels
 
 }  // namespace fourmoe::cpu

@@ -110,6 +110,11 @@ const Atom* atom_avx2() {
   return &kAtom;
 }
 
+const Atom* atom_avx2_int8() {
+  static constexpr Atom kAtom = make_int8_atom("AVX2 on int8 tokens, as f32");
+  return &kAtom;
+}
+
 const Finish* finish_avx2() {
   static constexpr Finish kFinish = make_finish();
   return &kFinish;
@@ -121,6 +126,7 @@ const Finish* finish_avx2() {
 
 namespace fourmoe::cpu {
 const Atom* atom_avx2() { return nullptr; }
+const Atom* atom_avx2_int8() { return nullptr; }
 const Finish* finish_avx2() { return nullptr; }
 }  // namespace fourmoe::cpu
 

@@ -103,6 +103,11 @@ const Atom* atom_avx512() {
   return &kAtom;
 }
 
+const Atom* atom_avx512_int8() {
+  static constexpr Atom kAtom = make_int8_atom("AVX-512 on int8 tokens, as f32");
+  return &kAtom;
+}
+
 const Finish* finish_avx512() {
   static constexpr Finish kFinish = make_finish();
   return &kFinish;
@@ -114,6 +119,7 @@ const Finish* finish_avx512() {
 
 namespace fourmoe::cpu {
 const Atom* atom_avx512() { return nullptr; }
+const Atom* atom_avx512_int8() { return nullptr; }
 const Finish* finish_avx512() { return nullptr; }
 }  // namespace fourmoe::cpu
 

@@ -28,6 +28,10 @@ FOURMOE_INLINE void unroll(F&& f) {
   (std::make_integer_sequence<int, N>{});
 }
 
+// What a step holds of a token: its 16 values; or twice their codes, and their half scale (atom.h, atoms of int8).
+enum Form { kValues, kWhole };
+constexpr int step_floats(Form form) { return form == kValues ? 16 : kWholeStepFloats; }
+
 enum Scale { kUe5m3, kE8m0 };
 
 // How far ahead of the multiplication a panel's bytes are asked for: about 100 ns at 15 GB/s.
@@ -80,7 +84,7 @@ struct Dense {
 };
 
 // Sums of one block over its 16 columns, for V vectors of rows and M tokens.
-template <class Block, int M, int V>
+template <class Block, Form T, int M, int V>
 FOURMOE_INLINE void sum_block(const Block& block, const float* x, Lanes::F (&sum)[V][M]) {
   FOURMOE_UNROLL for (int half = 0; half < 2; ++half) {
     typename Lanes::U words[V] = {};
@@ -94,7 +98,7 @@ FOURMOE_INLINE void sum_block(const Block& block, const float* x, Lanes::F (&sum
         if constexpr (Block::kScaled) weight = Lanes::template code<j>(words[v]);
         else weight = block.weight(k, v);
         FOURMOE_UNROLL for (int m = 0; m < M; ++m) {
-          const auto token = Lanes::broadcast(x + m * 16 + k);
+          const auto token = Lanes::broadcast(x + m * step_floats(T) + k);
           sum[v][m] = k == 0 ? Lanes::mul(weight, token) : Lanes::fma(weight, token, sum[v][m]);
         }
       }
@@ -103,20 +107,23 @@ FOURMOE_INLINE void sum_block(const Block& block, const float* x, Lanes::F (&sum
 }
 
 // V vectors of rows of one panel, from `row` on, by M tokens over all columns.
-template <class Block, int M, int V>
+template <class Block, Form T, int M, int V>
 FOURMOE_INLINE void multiply_rows(const std::byte* panel, int blocks, int row, const float* x, float* out) {
   typename Lanes::F total[V][M] = {};
-  for (int b = 0; b < blocks; ++b, x += M * 16) {
+  for (int b = 0; b < blocks; ++b, x += M * step_floats(T)) {
     const Block block(panel, b, blocks, row);
     for (int line = 0; line < Block::kBlockBytes; line += 64) {
       if (row == 0) Lanes::prefetch(panel + static_cast<std::int64_t>(b) * Block::kBlockBytes + kAhead + line);
     }
     typename Lanes::F sum[V][M] = {};
-    sum_block<Block, M, V>(block, x, sum);
+    sum_block<Block, T, M, V>(block, x, sum);
     FOURMOE_UNROLL for (int v = 0; v < V; ++v) {
       typename Lanes::F scale = Lanes::zero();
       if constexpr (Block::kScaled) scale = block.scale(v);
       FOURMOE_UNROLL for (int m = 0; m < M; ++m) {
+        if constexpr (T == kWhole) {
+          sum[v][m] = Lanes::mul(sum[v][m], Lanes::broadcast(x + m * step_floats(T) + 16));
+        }
         total[v][m] = Block::kScaled ? Lanes::fma(scale, sum[v][m], total[v][m]) : Lanes::add(total[v][m], sum[v][m]);
       }
     }
@@ -128,20 +135,20 @@ FOURMOE_INLINE void multiply_rows(const std::byte* panel, int blocks, int row, c
   }
 }
 
-template <class Block, int M>
+template <class Block, Form T, int M>
 void multiply(const Strip& strip) {
   constexpr int kVectors = M <= kWide ? kPanelRows / Lanes::kRows : 1;
   for (int p = 0; p < strip.count; ++p) {
     for (int row = 0; row < kPanelRows; row += kVectors * Lanes::kRows) {
-      multiply_rows<Block, M, kVectors>(strip.panels + p * strip.stride, strip.blocks, row,
-                                        reinterpret_cast<const float*>(strip.x), strip.out + p * M * kPanelRows);
+      multiply_rows<Block, T, M, kVectors>(strip.panels + p * strip.stride, strip.blocks, row,
+                                           reinterpret_cast<const float*>(strip.x), strip.out + p * M * kPanelRows);
     }
   }
 }
 
-template <class Block, int... I>
+template <class Block, Form T = kValues, int... I>
 constexpr void fill(Atom::Multiply* row, std::integer_sequence<int, I...>) {
-  ((row[I] = multiply<Block, I + 1>), ...);
+  ((row[I] = multiply<Block, T, I + 1>), ...);
 }
 
 constexpr Atom make_atom(const char* name, Atom::Load widen_bf16, Atom::Load widen_f16) {
@@ -158,6 +165,20 @@ constexpr Atom make_atom(const char* name, Atom::Load widen_bf16, Atom::Load wid
   atom.load[0] = widen_bf16;  // in the order of TokenFormat
   atom.load[1] = widen_f16;
   atom.load[2] = widen_nvfp4;
+  return atom;
+}
+
+constexpr Atom make_int8_atom(const char* name) {
+  Atom atom{};
+  atom.name = name;
+  atom.tile = kTile;
+  atom.step_blocks = 1;
+  atom.step_bytes = kWholeStepFloats * sizeof(float);
+  constexpr auto tokens = std::make_integer_sequence<int, kTile>{};
+  fill<Fp4<kUe5m3>, kWhole>(atom.multiply[0], tokens);
+  fill<Fp4<kE8m0>, kWhole>(atom.multiply[1], tokens);
+  atom.load[0] = whole_bf16;
+  atom.load[1] = whole_f16;
   return atom;
 }
 

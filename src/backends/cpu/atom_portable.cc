@@ -101,6 +101,11 @@ const Atom* atom_portable() {
   return &kAtom;
 }
 
+const Atom* atom_portable_int8() {
+  static constexpr Atom kAtom = make_int8_atom("plain C++ on int8 tokens, as f32");
+  return &kAtom;
+}
+
 const Finish* finish_portable() {
   using enum ActivationKind;
   static constexpr Finish kFinish = {

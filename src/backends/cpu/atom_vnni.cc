@@ -1,9 +1,11 @@
-// Products of NVFP4 tokens and 4-bit panels in whole numbers.
+// Products of NVFP4 or int8 tokens and 4-bit panels in whole numbers.
 //
 // E2M1 doubled is a whole number of at most 12, so the sum of a block's 16 products is exact in 32 bits:
 //   4 sum_k w_k x_k = sum_k (2 w_k + 12)(2 x_k) - 12 sum_k 2 x_k
 // where the first factor has no sign, as VNNI wants it. It then joins the total as in atoms of f32 tokens, so that the
 // results are the same, bit for bit:  total += weight_scale * (token_scale * sum)
+// Codes of int8 tokens are not doubled: theirs is  2 sum_k w_k x_k = sum_k (2 w_k + 12) x_k - 12 sum_k x_k, at most
+// 24 * 127 * 16 in magnitude.
 #include "backends/cpu/atom.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
@@ -28,11 +30,11 @@ constexpr int kGroupBlocks = 4;
 constexpr int kBlockBytes = 9 * kPanelRows;
 constexpr int kAhead = 2304;  // bytes: as in atom_amx.cc
 
-// A token's block: columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15, doubled.
+// A token's block: columns 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15, of NVFP4 doubled.
 struct Step {
   std::int8_t codes[16];
   std::int32_t correction;  // -12 times their sum
-  float scale;              // a quarter of the block's
+  float scale;              // a quarter of the block's, or half of int8's group
   std::int64_t unused;
 };
 static_assert(sizeof(Step) == 32);
@@ -126,6 +128,16 @@ void multiply(const Strip& strip) {
   for (; p < strip.count; ++p) multiply_panels<S, M, 1>(strip, p);
 }
 
+FOURMOE_INLINE void store_step(std::byte* out, __m128i codes, float scale) {
+  const __m128i fours = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), codes);
+  const __m128i twos = _mm_add_epi32(fours, _mm_shuffle_epi32(fours, 0x4e));
+  const int sum = _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32(twos, 0xb1)));
+  Step* step = reinterpret_cast<Step*>(out);
+  _mm_store_si128(reinterpret_cast<__m128i*>(step->codes), codes);
+  step->correction = -12 * sum;
+  step->scale = scale;
+}
+
 float load_nvfp4(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
   const __m128i doubled = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
   const __m128i low = _mm_set1_epi8(15);
@@ -133,14 +145,45 @@ float load_nvfp4(const Row& row, std::int32_t blocks, std::byte* out, std::int64
     const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row.values + 8 * b));
     const __m128i even = _mm_shuffle_epi8(doubled, _mm_and_si128(pairs, low));
     const __m128i odd = _mm_shuffle_epi8(doubled, _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
-    const __m128i codes = _mm_unpacklo_epi32(even, odd);
-    const __m128i fours = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), codes);
-    const __m128i twos = _mm_add_epi32(fours, _mm_shuffle_epi32(fours, 0x4e));
-    const int sum = _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32(twos, 0xb1)));
-    Step* step = reinterpret_cast<Step*>(out);
-    _mm_store_si128(reinterpret_cast<__m128i*>(step->codes), codes);
-    step->correction = -12 * sum;
-    step->scale = 0.25f * e4m3_to_f32(row.scales[b]);
+    store_step(out, _mm_unpacklo_epi32(even, odd), 0.25f * e4m3_to_f32(row.scales[b]));
+  }
+  return 1.0f;
+}
+
+FOURMOE_INLINE __m512 from_bf16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+FOURMOE_INLINE __m512 from_f16(__m256i bits) { return _mm512_cvtph_ps(bits); }
+
+// format::quantise_int8 of a group: two blocks, of which the second may be zeros. Half its scale.
+FOURMOE_INLINE float half_scale(__m512 first, __m512 second) {
+  const __m512i amax = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(first)),
+                                        _mm512_castps_si512(_mm512_abs_ps(second)));  // NaNs are the largest
+  const int bits = _mm512_reduce_max_epi32(amax);
+  return bits < 0x7f800000 ? __builtin_bit_cast(float, bits) / 254.0f : __builtin_nanf("");
+}
+
+// Its codes of one block, in the order of Step. Where the scale is 0 or a NaN they are NaNs, which convert to 2^31,
+// whose low byte is 0.
+FOURMOE_INLINE __m128i int8_codes(__m512 values, float scale) {
+  const __m512i codes = _mm512_cvtps_epi32(_mm512_div_ps(values, _mm512_set1_ps(scale)));
+  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  return _mm_shuffle_epi8(_mm512_cvtepi32_epi8(codes), order);
+}
+
+template <__m512 (*Widen)(__m256i)>
+float load_int8(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
+  const auto read = [&](std::int32_t b) {
+    return b < blocks ? Widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.values + 32 * b)))
+                      : _mm512_setzero_ps();
+  };
+  for (std::int32_t b = 0; b < blocks; b += 2, out += 2 * stride) {
+    const __m512 first = read(b);
+    const __m512 second = read(b + 1);
+    const float half = half_scale(first, second);
+    store_step(out, int8_codes(first, 2.0f * half), half);
+    if (b + 1 < blocks) store_step(out + stride, int8_codes(second, 2.0f * half), half);
   }
   return 1.0f;
 }
@@ -150,23 +193,40 @@ constexpr void fill(Atom::Multiply* row, std::integer_sequence<int, M...>) {
   ((row[M] = multiply<S, M + 1>), ...);
 }
 
-constexpr Atom make_atom() {
+constexpr Atom make_atom(const char* name) {
   Atom atom{};
-  atom.name = "AVX-512 VNNI on doubled codes";
+  atom.name = name;
   atom.tile = kTile;
   atom.step_blocks = 1;
   atom.step_bytes = sizeof(Step);
   constexpr auto tokens = std::make_integer_sequence<int, kTile>{};
   fill<kUe5m3>(atom.multiply[0], tokens);  // in the order of weights::PanelFormat
   fill<kE8m0>(atom.multiply[1], tokens);
-  atom.load[2] = load_nvfp4;
+  return atom;
+}
+
+constexpr Atom make_nvfp4_atom() {
+  Atom atom = make_atom("AVX-512 VNNI on doubled codes");
+  atom.load[2] = load_nvfp4;  // in the order of TokenFormat
+  return atom;
+}
+
+constexpr Atom make_int8_atom() {
+  Atom atom = make_atom("AVX-512 VNNI on int8 tokens");
+  atom.load[0] = load_int8<from_bf16>;
+  atom.load[1] = load_int8<from_f16>;
   return atom;
 }
 
 }  // namespace
 
 const Atom* atom_vnni() {
-  static constexpr Atom kAtom = make_atom();
+  static constexpr Atom kAtom = make_nvfp4_atom();
+  return &kAtom;
+}
+
+const Atom* atom_vnni_int8() {
+  static constexpr Atom kAtom = make_int8_atom();
   return &kAtom;
 }
 
@@ -176,6 +236,7 @@ const Atom* atom_vnni() {
 
 namespace fourmoe::cpu {
 const Atom* atom_vnni() { return nullptr; }
+const Atom* atom_vnni_int8() { return nullptr; }
 }  // namespace fourmoe::cpu
 
 #endif

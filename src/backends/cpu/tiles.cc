@@ -182,6 +182,7 @@ Status check_weights(const Product& product, const Args& args) {
 const Atom* atom_for(const Problem& problem, const Machine& machine) {
   const bool w4a16 = problem.precision == Precision::w4a16;
   const CpuLevel level = machine.cpu_level;
+  if (problem.precision == Precision::w4a8_int8) return atom_int8(level);
   if (level >= CpuLevel::amx && w4a16 && problem.activations == format::Dtype::bf16 &&
       problem.encoding == format::Encoding::nvfp4) {
     return atom_amx();
@@ -214,9 +215,10 @@ Verdict can(const Problem& problem, const Machine& machine) {
     return reject(Reason::not_built, fmt::format("this build has no {} level; FOURMOE_CPU_LEVEL=portable would pass",
                                                  cpu_level_name(machine.cpu_level)));
   }
-  if (problem.precision == Precision::w4a4 && !format::is_fp4(problem.encoding)) {
-    return reject(Reason::precision_unsupported, fmt::format("w4a4 needs 4-bit weights, these are {}; w4a16 would pass",
-                                                             format::encoding_name(problem.encoding)));
+  if (problem.precision != Precision::w4a16 && !format::is_fp4(problem.encoding)) {
+    return reject(Reason::precision_unsupported,
+                  fmt::format("{} needs 4-bit weights, these are {}; w4a16 would pass",
+                              precision_name(problem.precision), format::encoding_name(problem.encoding)));
   }
   return accept();
 }

@@ -39,6 +39,9 @@ class Product {
 // What multiplies this problem on this machine, or null where this build lacks it. It does not depend on the batch.
 const Atom* atom_for(const Problem& problem, const Machine& machine);
 
+// The same for tokens that become int8: w4a8_int8.
+const Atom* atom_int8(CpuLevel level);
+
 const Finish& finish_of(const Machine& machine);
 
 // What both steps ask of problem and machine.

@@ -55,6 +55,17 @@ f64 dot(const format::Matrix& weights, i64 row, const Row& x) {
   return sum * weights.global;
 }
 
+Row through_int8(const Problem& problem, const Row& values) {
+  if (problem.precision != Precision::w4a8_int8) return values;
+  const std::vector<f32> single(values.begin(), values.end());
+  std::vector<i8> codes(values.size());
+  std::vector<f32> halves(values.size() / format::kInt8Group + 1);
+  format::quantise_int8(single.data(), static_cast<i64>(values.size()), codes.data(), halves.data());
+  Row out(values.size());
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = codes[i] * 2.0 * halves[i / format::kInt8Group];
+  return out;
+}
+
 Row token(const Args& args, i64 pick, const weights::Expert& expert) {
   const Problem& problem = *args.problem;
   const f32 weight = args.slots.weights[pick];
@@ -78,7 +89,7 @@ Row token(const Args& args, i64 pick, const weights::Expert& expert) {
     value = round_to(problem.activations, value);
     if (weighted) value = round_to(problem.activations, value * weight);
   }
-  return x;
+  return through_int8(problem, x);
 }
 
 Row gemm1(const Problem& problem, const weights::Expert& expert, const Row& x) {
@@ -96,7 +107,7 @@ Row round(const Problem& problem, const Row& y, f32 global) {
   if (problem.precision == Precision::w4a4) return through_nvfp4(y, global);
   Row rounded(y.size());
   std::transform(y.begin(), y.end(), rounded.begin(), [&](f64 value) { return round_to(problem.activations, value); });
-  return rounded;
+  return through_int8(problem, rounded);
 }
 
 Verdict can(const Problem&, const Machine&) { return accept(); }

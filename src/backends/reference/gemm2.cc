@@ -17,7 +17,7 @@ Row read_inter(const Args& args, i64 slot, f32 global) {
     return y;
   }
   for (i64 i = 0; i < inter; ++i) y[i] = format::read(args.inter.rows + slot * inter, problem.activations, i);
-  return y;
+  return through_int8(problem, y);
 }
 
 Status run(const Bound& bound) {

@@ -219,6 +219,10 @@ const weights::Packing kPacking = {band_rows, band_bytes, exponent, pack_on_devi
 
 Verdict can(const Problem& problem, const Machine& machine) {
   if (Verdict verdict = gpu::can(machine, 9, 0); !verdict.accepted()) return verdict;
+  if (problem.precision == Precision::w4a8_int8) {
+    return reject(Reason::precision_unsupported,
+                  "w4a8_int8 is computed on the host only; w4a16 or w4a4, or device host, would pass");
+  }
   if (format::is_fp4(problem.encoding) || problem.encoding == Encoding::bf16) return accept();
   return reject(Reason::encoding_unsupported, fmt::format("weights are {}; nvfp4, mxfp4 or bf16 would pass",
                                                           format::encoding_name(problem.encoding)));
