@@ -132,7 +132,8 @@ def main():
     parser.add_argument("--ggml", help="the program that bench/rivals builds")
     parser.add_argument("--ggml-version", help="what it was built against, for the record")
     parser.add_argument("--shape", default="qwen3-30b", choices=SHAPES)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128, 512, 1024])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 4, 16, 128, 512, 1024],
+                        help="none, with --add: only draw what is recorded")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0)
