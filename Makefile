@@ -7,7 +7,7 @@ CUDA ?= 0
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo format check bench fuzz wheel install clean configure
+.PHONY: help build test demo format check bench counts fuzz wheel install clean configure
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ check: ## check the layout and the rules of the house
 
 bench: build ## measure a Qwen3-30B layer on this CPU; the record goes to $(BUILD)/bench.json
 	@$(BUILD)/fourmoe bench --shape qwen3-30b --tokens 1,4,16,128,512 --output $(BUILD)/bench.json
+
+counts: configure ## count the instructions of the CPU kernels' inner loops anew and record them
+	@cmake --build $(BUILD) -j $(JOBS) --target counts
 
 fuzz: ## fuzz each parser for FUZZ_SECONDS (60)
 	@scripts/install_deps.sh build clang

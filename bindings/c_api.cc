@@ -100,8 +100,10 @@ LayerOptions convert(const fourmoe_options* given, std::unique_ptr<Executor>* ho
   require(given->max_tokens >= 0, fmt::format("options.max_tokens is {}, expected at least 0", given->max_tokens));
   require(given->threads >= 0, fmt::format("options.threads is {}, expected at least 0", given->threads));
   if (given->max_tokens > 0) options.max_tokens = given->max_tokens;
-  options.executor = &tbb_executor(given->threads);
-  if (given->executor == nullptr) return options;
+  if (given->executor == nullptr) {
+    options.executor = &tbb_executor(given->threads);
+    return options;
+  }
   require(given->executor->run != nullptr, "options.executor.run is null");
   require(given->executor->threads >= 1, "options.executor.threads is below 1");
   *host = std::make_unique<HostExecutor>(*given->executor);

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs the Debian packages of the named groups that are missing. Says nothing when none is.
-# Usage: scripts/install_deps.sh [build] [test] [numpy] [python] [check] [clang]      (default: build)
+# Usage: scripts/install_deps.sh [build] [test] [numpy] [python] [check] [clang] [arm]      (default: build)
 set -euo pipefail
 
 packages_of() {
@@ -11,6 +11,7 @@ packages_of() {
     python) echo python3-dev python3-venv python3-pip ;;
     check) echo clang-format-14 python3 ;;
     clang) echo clang-14 libclang-rt-14-dev ;;
+    arm) echo g++-aarch64-linux-gnu qemu-user ;;
     *) echo "install_deps.sh: unknown group '$1'" >&2; exit 2 ;;
   esac
 }

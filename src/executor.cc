@@ -4,23 +4,60 @@
 #include <oneapi/tbb/info.h>
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
+#include <oneapi/tbb/task_scheduler_observer.h>
+#include <sched.h>
 
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 namespace fourmoe {
 namespace {
 
+// Keeps each worker on a core while it is in the arena: place i of the arena on core i of those that the process had
+// when the arena was made. The thread that calls stays the caller's.
+class Pins final : public tbb::task_scheduler_observer {
+ public:
+  explicit Pins(tbb::task_arena& arena) : task_scheduler_observer(arena) {
+    CPU_ZERO(&all_);
+    if (sched_getaffinity(0, sizeof all_, &all_) != 0) return;
+    for (int core = 0; core < CPU_SETSIZE; ++core) {
+      if (CPU_ISSET(core, &all_)) cores_.push_back(core);
+    }
+    observe(true);
+  }
+  Pins(const Pins&) = delete;
+  Pins& operator=(const Pins&) = delete;
+  ~Pins() override { observe(false); }
+
+  void on_scheduler_entry(bool is_worker) override {
+    const int place = tbb::this_task_arena::current_thread_index();
+    if (!is_worker || place < 0) return;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cores_[place % cores_.size()], &one);
+    sched_setaffinity(0, sizeof one, &one);  // a wish: where it is refused the thread runs anywhere
+  }
+  void on_scheduler_exit(bool is_worker) override {
+    if (is_worker) sched_setaffinity(0, sizeof all_, &all_);
+  }
+
+ private:
+  cpu_set_t all_;
+  std::vector<int> cores_;
+};
+
 class TbbExecutor final : public Executor {
  public:
-  explicit TbbExecutor(i32 threads) : arena_(threads > 0 ? threads : tbb::task_arena::automatic) {
+  TbbExecutor(i32 threads, Affinity affinity) : arena_(threads > 0 ? threads : tbb::task_arena::automatic) {
     // oneTBB's pool ends at the machine's cores unless told otherwise, and says so on stderr.
     if (threads > tbb::info::default_concurrency()) {
       more_threads_.emplace(tbb::global_control::max_allowed_parallelism, threads);
     }
     arena_.initialize();
+    if (affinity == Affinity::cores) pins_.emplace(arena_);
   }
 
   i32 threads() const override { return arena_.max_concurrency(); }
@@ -40,16 +77,21 @@ class TbbExecutor final : public Executor {
  private:
   std::optional<tbb::global_control> more_threads_;
   tbb::task_arena arena_;
+  std::optional<Pins> pins_;  // ends before its arena
 };
 
 }  // namespace
 
+std::unique_ptr<Executor> make_tbb_executor(i32 threads, Affinity affinity) {
+  return std::make_unique<TbbExecutor>(threads, affinity);
+}
+
 Executor& tbb_executor(i32 threads) {
   static std::mutex mutex;
-  static std::map<i32, std::unique_ptr<TbbExecutor>> executors;
+  static std::map<i32, std::unique_ptr<Executor>> executors;
   const std::lock_guard<std::mutex> lock(mutex);
   auto& executor = executors[threads > 0 ? threads : 0];
-  if (!executor) executor = std::make_unique<TbbExecutor>(threads);
+  if (!executor) executor = make_tbb_executor(threads, machine().affinity);
   return *executor;
 }
 

@@ -5,8 +5,9 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 
-#include "format/number.h"
+#include "machine.h"
 
 namespace fourmoe {
 
@@ -19,8 +20,11 @@ class Executor {
   virtual void parallel_for(i64 count, const Task& task) = 0;  // returns when task(0..count-1) have all returned
 };
 
-// The process's oneTBB executor with `threads` threads (0: as many as the machine offers). Executors are kept, so
-// asking again is cheap.
+// A oneTBB executor of its own. Its threads sleep when there is nothing to do.
+std::unique_ptr<Executor> make_tbb_executor(i32 threads, Affinity affinity);
+
+// The process's oneTBB executor with `threads` threads (0: as many as the machine offers), placed as the
+// machine's affinity says. Executors are kept, so asking again is cheap.
 Executor& tbb_executor(i32 threads = 0);
 
 }  // namespace fourmoe

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "numa.h"
 #include "status.h"
 
 namespace fourmoe {
@@ -91,6 +92,15 @@ i32 usable_cores() {
   return online > 0 ? static_cast<i32>(online) : 1;
 }
 
+// Whether the variable holds the second of two words; `otherwise` where it is not set.
+bool is_second(const char* variable, std::string_view first, std::string_view second, bool otherwise) {
+  const char* value = std::getenv(variable);
+  const std::string_view word = value == nullptr ? "" : value;
+  if (word.empty()) return otherwise;
+  if (word == first || word == second) return word == second;
+  throw Error(Reason::argument_invalid, fmt::format("{}={}, expected {} or {}", variable, word, first, second));
+}
+
 std::string find_tuning_path() {
   const auto folder = [](const char* name) {
     const char* value = std::getenv(name);
@@ -113,6 +123,10 @@ Machine probe() {
     found.cpu_level = forced_level(word, found.cpu_level);
     found.cpu_level_forced = true;
   }
+  found.nodes = std::max(1, memory_nodes().count);
+  const bool interleaved = is_second("FOURMOE_MEMORY", "local", "interleave", found.nodes > 1);
+  found.placement = interleaved ? Placement::interleave : Placement::local;
+  found.affinity = is_second("FOURMOE_AFFINITY", "none", "cores", false) ? Affinity::cores : Affinity::none;
 #if defined(FOURMOE_CUDA)
   found.cuda = true;
 #endif

@@ -30,6 +30,13 @@ constexpr std::string_view cpu_level_name(CpuLevel level) {
   return "unknown";
 }
 
+// Where pages of packed weights lie on a host of several NUMA nodes: `local` to the threads that pack them, as the
+// kernel does unasked, or taking turns over the nodes, which serves threads of all nodes alike.
+enum class Placement : u8 { local, interleave };
+
+// `cores`: each thread of the library's pool stays on a core of its own. Threads of the caller's are never touched.
+enum class Affinity : u8 { none, cores };
+
 // A GPU as its driver describes it.
 struct Device {
   i32 index = 0;  // CUDA's number of it
@@ -48,10 +55,13 @@ struct Machine {
   i32 cores = 1;                            // hardware threads that this process may use
   i64 memory_bytes = 0;                     // physical memory of the host
   i64 cache_bytes = 0;                      // last-level cache, shared by whom the host decides; 0 where unknown
-  bool cuda = false;                        // this build holds code for GPUs
-  std::vector<Device> devices;              // GPUs in CUDA's order; none where the build or the driver has none
-  i32 device = -1;                          // what a plan is for: an index into devices, or -1 for the host
-  std::string tuning_path;                  // of the choices that were measured here (tune/book.h); empty: none
+  i32 nodes = 1;                            // NUMA nodes whose memory this process may use
+  Placement placement = Placement::local;
+  Affinity affinity = Affinity::none;
+  bool cuda = false;            // this build holds code for GPUs
+  std::vector<Device> devices;  // GPUs in CUDA's order; none where the build or the driver has none
+  i32 device = -1;              // what a plan is for: an index into devices, or -1 for the host
+  std::string tuning_path;      // of the choices that were measured here (tune/book.h); empty: none
 };
 
 // The GPU that the machine's plans are for; null for the host, or when there is no such GPU.
@@ -64,7 +74,9 @@ inline const Device* device_of(const Machine& machine) {
 i32 parse_device(std::string_view word);
 
 // Probed at the first call. FOURMOE_CPU_LEVEL=portable|avx2|avx512|vnni|amx forces a level; one that the machine lacks,
-// or another word, throws Error(instruction_missing). FOURMOE_TUNING names tuning_path, empty for none; without it, it
+// or another word, throws Error(instruction_missing). FOURMOE_MEMORY=local|interleave places packed weights; without it
+// they are interleaved on several nodes and local on one. FOURMOE_AFFINITY=none|cores; without it, none. Another word
+// throws Error(argument_invalid). FOURMOE_TUNING names tuning_path, empty for none; without it, it
 // is fourmoe/tuning.json in XDG_CACHE_HOME or in ~/.cache.
 const Machine& machine();
 

@@ -120,6 +120,9 @@ Json machine_json(const Machine& machine) {
           {"cpu_level_forced", machine.cpu_level_forced},
           {"threads", machine.cores},
           {"memory_bytes", machine.memory_bytes},
+          {"numa_nodes", machine.nodes},
+          {"memory", machine.placement == Placement::interleave ? "interleave" : "local"},
+          {"affinity", machine.affinity == Affinity::cores ? "cores" : "none"},
           {"cuda", machine.cuda},
           {"devices", devices}};
 }

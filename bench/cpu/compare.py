@@ -11,7 +11,9 @@ of their processors come to share a core: of several rounds the row is kept whos
 import argparse
 import json
 import pathlib
+import shlex
 import subprocess
+import sys
 import tempfile
 
 # dsv3-expert: DeepSeek-V3's experts, 32 of its 256, so that two layers of them fit small machines.
@@ -60,10 +62,11 @@ def slowest_read(row):
 
 
 def measure(args):
-    rows = []
+    kept = json.loads(args.output.read_text())["rows"] if args.add and args.output.exists() else []
+    rows = [row for row in kept if row["tokens"] not in args.tokens]
     for tokens in args.tokens:
         row = max((measure_row(args, tokens) for _ in range(args.rounds)), key=slowest_read)
-        rows.append(row)
+        rows = sorted([*rows, row], key=lambda row: row["tokens"])
         print_row(row)
         write(args, rows)
     return rows
@@ -71,7 +74,7 @@ def measure(args):
 
 def write(args, rows):
     """After each row, so that a run that is cut short leaves what it measured."""
-    record = {"command": "python bench/cpu/compare.py --output FILE --plot FILE", "shape": args.shape,
+    record = {"command": shlex.join(["python", *sys.argv]), "shape": args.shape,
               "threads": args.threads, "rounds": args.rounds, "ggml": args.ggml_version, "rows": rows}
     args.output.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -132,11 +135,13 @@ def main():
     parser.add_argument("--ggml", help="the program that bench/rivals builds")
     parser.add_argument("--ggml-version", help="what it was built against, for the record")
     parser.add_argument("--shape", default="qwen3-30b", choices=SHAPES)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128, 512, 1024])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 4, 16, 128, 512, 1024],
+                        help="none, with --add: only draw what is recorded")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--add", action="store_true", help="keep the record's rows of other token counts: a run in pieces")
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args()
     print("tokens  read GB/s, peak TFLOP/s  w4a16 us, of read, of peak  w4a4 us, of read  w4a8_int8 us, of read  speed-up of threads  ggml's time "

@@ -124,6 +124,10 @@ typedef struct fourmoe_layer_desc {
   const fourmoe_expert* expert_table; /* [local_experts] */
 } fourmoe_layer_desc;
 
+/* The library's own threads and the memory of packed weights follow the environment, read once:
+ * FOURMOE_AFFINITY=none|cores, FOURMOE_MEMORY=local|interleave (by default interleave on hosts of several NUMA nodes),
+ * and FOURMOE_CPU_LEVEL. */
+
 /* A thread pool of the host program. run() must call task(task_context, i) once for each i in [0, count), on any
  * threads and in any order, and return when all have returned. */
 typedef struct fourmoe_executor {

@@ -1,10 +1,8 @@
 #include "weights/packed.h"
 
 #include <fmt/format.h>
-#include <sys/mman.h>
 
 #include <array>
-#include <cstdlib>
 
 #include "status.h"
 
@@ -15,8 +13,7 @@ using format::Encoding;
 using format::Matrix;
 
 constexpr i32 kBlock = format::kNvfp4Block;
-constexpr i64 kLine = 64;             // cache line: where panels start
-constexpr i64 kHugePage = 2ll << 20;  // one of them spares 512 page walks
+constexpr i64 kLine = 64;  // cache line: where panels start
 
 bool is_fp4(PanelFormat format) { return format == PanelFormat::nvfp4 || format == PanelFormat::mxfp4; }
 
@@ -82,15 +79,6 @@ void pack_dense(const Matrix& matrix, const Order& order, i32 row, std::byte* ou
   }
 }
 
-std::byte* allocate(i64 bytes) {
-  const i64 alignment = bytes >= kHugePage ? kHugePage : kLine;
-  const i64 size = round_up(std::max(bytes, kLine), alignment);
-  void* memory = std::aligned_alloc(alignment, size);
-  if (memory == nullptr) throw Error(Reason::out_of_memory, fmt::format("{} bytes of packed weights", bytes));
-  if (alignment == kHugePage) madvise(memory, size, MADV_HUGEPAGE);  // a hint: without it only the speed differs
-  return static_cast<std::byte*>(memory);
-}
-
 // Bytes of one expert, projection by projection; every expert of a layer has the same.
 struct Layout {
   i64 gemm1_panel = 0;  // of gate, and of up
@@ -101,6 +89,7 @@ struct Layout {
 
   i64 gemm1_bytes() const { return gemm1_panel * inter_panels * halves; }
   i64 gemm2_bytes() const { return gemm2_panel * hidden_panels; }
+  i64 bytes(i64 experts) const { return experts * (gemm1_bytes() + gemm2_bytes()); }
 };
 
 bool same_shape(const Matrix& a, const Matrix& b) {
@@ -191,22 +180,18 @@ void unpack(PanelFormat format, const Order& order, i32 rows, i32 cols, const st
   }
 }
 
-void Packed::Free::operator()(std::byte* p) const { std::free(p); }
-
-Packed::Packed(std::span<Expert> experts, const Order& order, Executor& executor) : order_(order) {
-  const Layout layout = lay_out(experts, order);
-  bytes_ = static_cast<i64>(experts.size()) * (layout.gemm1_bytes() + layout.gemm2_bytes());
-  memory_.reset(allocate(bytes_));
+Packed::Packed(std::span<Expert> experts, const Order& order, Executor& executor, Placement placement)
+    : order_(order), bytes_(lay_out(experts, order).bytes(std::ssize(experts))), memory_(bytes_, placement) {
   repack(experts, executor);
 }
 
 void Packed::repack(std::span<Expert> experts, Executor& executor) {
   const Layout layout = lay_out(experts, order_);
   const i64 count = static_cast<i64>(experts.size());
-  if (count * (layout.gemm1_bytes() + layout.gemm2_bytes()) != bytes_) {
+  if (layout.bytes(count) != bytes_) {
     throw Error(Reason::internal, "experts of another number, shape or encoding were packed before");
   }
-  std::byte* const gemm1 = memory_.get();
+  std::byte* const gemm1 = memory_.data();
   std::byte* const gemm2 = gemm1 + count * layout.gemm1_bytes();
   for (i64 e = 0; e < count; ++e) {
     experts[e].gemm1 = gemm1 + e * layout.gemm1_bytes();

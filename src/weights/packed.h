@@ -11,11 +11,11 @@
 // Gate and up panels alternate, so that one task reads both halves of a pair from one stream.
 #pragma once
 
-#include <memory>
 #include <span>
 
 #include "executor.h"
 #include "weights/expert_table.h"
+#include "weights/region.h"
 
 namespace fourmoe::weights {
 
@@ -49,19 +49,16 @@ class Packed {
  public:
   // Packs all experts of the table and points its entries' gemm1 and gemm2 at the blobs. Parallel over experts and
   // panels. Throws Error: out_of_memory, or internal when the experts' shapes or encodings differ.
-  Packed(std::span<Expert> experts, const Order& order, Executor& executor);
+  Packed(std::span<Expert> experts, const Order& order, Executor& executor, Placement placement = machine().placement);
 
   // Packs experts of the same number, shapes and encoding into the same memory and points them at it.
   void repack(std::span<Expert> experts, Executor& executor);
   i64 bytes() const { return bytes_; }
 
  private:
-  struct Free {
-    void operator()(std::byte* p) const;
-  };
   Order order_;
-  std::unique_ptr<std::byte[], Free> memory_;
   i64 bytes_ = 0;
+  Region memory_;
 };
 
 }  // namespace fourmoe::weights

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -187,6 +188,27 @@ TEST(Api, TakesTheCallersWorkspaceAndThreads) {
   EXPECT_NEAR(b.y[5], expected(), 1e-5f);
   EXPECT_GT(tasks, 0);
   EXPECT_THROW(layer.run(b.call, aligned, bytes - 1), fourmoe::Error);
+}
+
+int threads_of_process() {
+  const std::filesystem::directory_iterator tasks("/proc/self/task");
+  return static_cast<int>(std::distance(begin(tasks), end(tasks)));
+}
+
+TEST(Api, StartsNoThreadBesideTheCallersPool) {
+  const Constant weights;
+  fourmoe_executor pool{};
+  pool.threads = 2;
+  pool.run = [](void*, std::int64_t count, void (*task)(void*, std::int64_t), void* task_context) {
+    for (std::int64_t i = 0; i < count; ++i) task(task_context, i);
+  };
+  fourmoe::Options options;
+  options.executor = &pool;
+  const int before = threads_of_process();
+  fourmoe::Layer layer = fourmoe::Layer::create(weights.desc, options);
+  Buffers b(64);
+  layer.run(b.call);
+  EXPECT_EQ(threads_of_process(), before);
 }
 
 TEST(Api, OneLayerServesManyThreads) {

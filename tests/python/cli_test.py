@@ -213,6 +213,15 @@ class Run(Case):
         self.assertEqual((report["backend"], report["check"]), ("reference", None))
         self.assertLess(max(outputs.values()), 3e-3)
         self.refuses(1, "FOURMOE_CPU_LEVEL=neon", *self.arguments(), FOURMOE_CPU_LEVEL="neon")
+        self.refuses(1, "FOURMOE_MEMORY=near", *self.arguments(), FOURMOE_MEMORY="near")
+        self.refuses(1, "FOURMOE_AFFINITY=1", *self.arguments(), FOURMOE_AFFINITY="1")
+
+    def test_memory_and_affinity_change_no_bit(self):
+        self.captured()
+        self.succeeds(*self.arguments())
+        plain = self.output.read_bytes()
+        self.succeeds(*self.arguments(), FOURMOE_MEMORY="interleave", FOURMOE_AFFINITY="cores")
+        self.assertEqual(self.output.read_bytes(), plain)
 
     def fails(self, words, *arguments):
         """Refused with code 1; what lay at the output stays."""

@@ -44,6 +44,10 @@ class ThreadExecutor final : public Executor {
 
 }  // namespace
 
+std::unique_ptr<Executor> make_tbb_executor(i32 threads, Affinity) {
+  return std::make_unique<ThreadExecutor>(threads > 0 ? threads : 2);
+}
+
 Executor& tbb_executor(i32 threads) {
   static std::mutex mutex;
   static std::map<i32, std::unique_ptr<ThreadExecutor>> executors;

@@ -1,4 +1,5 @@
 #include "backends/cpu/atom.h"
+#include "backends/cpu/atom_inline.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -28,7 +29,9 @@ struct Lanes {
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F value) { _mm256_store_ps(p, value); }
   static void store_unaligned(float* p, F value) { _mm256_storeu_ps(p, value); }
-  static void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  FOURMOE_INLINE static void prefetch(const std::byte* p) {
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+  }
 
   static U words(const std::byte* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 

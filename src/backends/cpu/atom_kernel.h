@@ -112,7 +112,7 @@ FOURMOE_INLINE void multiply_rows(const std::byte* panel, int blocks, int row, c
   typename Lanes::F total[V][M] = {};
   for (int b = 0; b < blocks; ++b, x += M * step_floats(T)) {
     const Block block(panel, b, blocks, row);
-    for (int line = 0; line < Block::kBlockBytes; line += 64) {
+    FOURMOE_UNROLL for (int line = 0; line < Block::kBlockBytes; line += 64) {
       if (row == 0) Lanes::prefetch(panel + static_cast<std::int64_t>(b) * Block::kBlockBytes + kAhead + line);
     }
     typename Lanes::F sum[V][M] = {};
