@@ -1,7 +1,7 @@
 // Counts the instructions that the cpu room's products execute, at every level of this machine: a child process
 // multiplies, the parent lets it take one instruction at a time and notes where it stands. Counts are exact, the same
-// on a busy machine, and know every instruction that the processor knows, AMX too. Usage: fourmoe_steps      prints
-// JSON: for each case the instructions that more blocks of columns take, by address
+// on a busy machine, and know every instruction that the processor knows, AMX too.
+// fourmoe_steps prints JSON: for each case the instructions that more blocks of columns take, by address.
 #include <fmt/format.h>
 #include <signal.h>
 #include <sys/ptrace.h>
@@ -54,14 +54,12 @@ class Lines {
 // Runs in the child: one strip of two panels, between two stops.
 [[noreturn]] void multiply_stopped(const Case& c, i32 blocks) {
   const i64 stride = weights::panel_bytes(c.format, kOrder, blocks * 16);
-  const Lines panels(kStripPanels * stride), sums(i64{kStripPanels} * c.tokens * kPanelRows * 4);
+  const i64 pitch = i64{c.tokens + kSpareRows} * kPanelRows;
+  const Lines panels(kStripPanels * stride), sums(kStripPanels * pitch * 4);
   const Lines x(i64{blocks} * c.tokens * c.atom->step_bytes + kSlack);
-  const Lines factors(i64{c.tokens} * 4);
   if (c.atom->enter != nullptr) c.atom->enter(c.tokens);
-  const Strip strip = {panels.data(), stride,
-                       kStripPanels,  blocks,
-                       x.data(),      reinterpret_cast<f32*>(factors.data()),
-                       c.tokens,      reinterpret_cast<f32*>(sums.data())};
+  const Strip strip = {
+      panels.data(), stride, kStripPanels, blocks, x.data(), c.tokens, reinterpret_cast<f32*>(sums.data()), pitch};
   const Atom::Multiply multiply = c.atom->multiply[static_cast<int>(c.format)][c.tokens - 1];
   raise(SIGSTOP);
   multiply(strip);

@@ -21,6 +21,7 @@ namespace fourmoe::cpu {
 inline constexpr std::int32_t kPanelRows = 16;
 inline constexpr std::int32_t kMaxTile = 128;  // most tokens of a tile, of all atoms
 inline constexpr std::int32_t kSlack = 8 * 64;
+inline constexpr std::int32_t kSpareRows = 7;  // of sums: tiles of one height reach beyond the last token
 inline constexpr std::int32_t kPanelFormats = 4;
 inline constexpr std::int32_t kTokenFormats = 3;
 
@@ -36,12 +37,12 @@ struct Strip {
   const std::byte* panels;  // [count] panels, `stride` bytes apart, 64-byte aligned; order in weights/packed.h
   std::int64_t stride;
   std::int32_t count;
-  std::int32_t blocks;   // columns / 16
-  const std::byte* x;    // [steps, m, step_bytes]: the tile's tokens in the atom's form, 64-byte aligned; kSlack
-                         // more bytes can be read
-  const float* factors;  // [m]: what load returned for each token
-  std::int32_t tokens;   // m
-  float* out;            // [count, m, 16]: sums of each panel's rows, overwritten, 64-byte aligned
+  std::int32_t blocks;  // columns / 16
+  const std::byte* x;   // [steps, m, step_bytes]: the tile's tokens in the atom's form, 64-byte aligned; kSlack
+                        // more bytes can be read
+  std::int32_t tokens;  // m
+  float* out;           // [count, m, 16]: sums of each panel's rows, overwritten, 64-byte aligned
+  std::int64_t pitch;   // floats from panel to panel of out, >= (m + kSpareRows) * 16; rows beyond m are scratch
 };
 
 struct Atom {
@@ -61,8 +62,9 @@ struct Atom {
 
 // A tile's sums of gate and up, and what they become.
 struct Gates {
-  const float* gate;  // [rows, 16]
-  const float* up;    // [rows, 16]; the same as gate where there is no gate
+  const float* gate;     // [rows, 16]
+  const float* up;       // [rows, 16]; the same as gate where there is no gate
+  const float* factors;  // [rows]: what load returned for each token; sums are multiplied by it, then by the global
   std::int32_t rows;
   float gate_global;
   float up_global;
@@ -74,12 +76,14 @@ struct Gates {
 
 // A tile's sums of down.
 struct Sums {
-  const float* sums;  // [rows, 16]
+  const float* sums;     // [rows, 16]
+  const float* factors;  // [rows], as in Gates
   std::int32_t rows;
   float global;
   const float* bias;  // [16] or null
   float* out;         // [rows, 16], rows `stride` apart, overwritten
   std::int64_t stride;
+  bool past_caches;  // written to memory rather than kept in caches, where out is aligned and the level can
 };
 
 // What becomes of sums, by vectors: a value depends on its own sums alone.
@@ -92,6 +96,7 @@ struct Finish {
   Round round_bf16;      // [rows, 16] to rows `stride` apart
   Round round_f16;       // saturates
   Scale scale;
+  void (*settle)();  // by the thread that wrote past the caches, before others read; may be null
 };
 
 // 16-bit tokens to int8 by format::quantise_int8. A step holds twice the codes of a block, as f32, and the half scale

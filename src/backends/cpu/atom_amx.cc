@@ -196,7 +196,8 @@ struct Tokens {
       : x(strip.x + row * kStepBytes), stride(strip.tokens * std::int64_t{kStepBytes}), tile(cut.height * kStepBytes) {}
 };
 
-// A step of P decoded panels by one, two or three tiles of tokens; `next` decodes a step in pieces between the products.
+// A step of P decoded panels by one, two or three tiles of tokens; `next` decodes a step in pieces between the
+// products.
 template <int P, class Next>
 FOURMOE_INLINE void multiply_by_one(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens, const Next& next) {
   next.decode_all();
@@ -228,7 +229,8 @@ FOURMOE_INLINE void multiply_by_two(const std::byte (*decoded)[kDecodedStep], co
 
 // Three tiles leave one register to tokens.
 template <int P, class Next>
-FOURMOE_INLINE void multiply_by_three(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens, const Next& next) {
+FOURMOE_INLINE void multiply_by_three(const std::byte (*decoded)[kDecodedStep], const Tokens& tokens,
+                                      const Next& next) {
   _tile_loadd(6, tokens.x, kStepBytes);
   _tile_loadd(7, decoded[0], kStepBytes);
   _tile_dpbf16ps(0, 6, 7);
@@ -250,8 +252,7 @@ FOURMOE_INLINE void multiply_by_three(const std::byte (*decoded)[kDecodedStep], 
 }
 
 template <int P, int T, int S>
-FOURMOE_INLINE void multiply_step(const std::byte (*decoded)[kDecodedStep], Tokens* tokens,
-                                  const Between<P, S>& next) {
+FOURMOE_INLINE void multiply_step(const std::byte (*decoded)[kDecodedStep], Tokens* tokens, const Between<P, S>& next) {
   fence();
   if constexpr (T == 3) multiply_by_three<P>(decoded, *tokens, next);
   else if constexpr (T == 2) multiply_by_two<P>(decoded, *tokens, next);
@@ -260,34 +261,19 @@ FOURMOE_INLINE void multiply_step(const std::byte (*decoded)[kDecodedStep], Toke
   tokens->x += tokens->stride;
 }
 
-// Sums of P panels by T tiles of tokens as the tile registers leave them.
+// Writes the sums of P panels by T tiles of tokens, from the strip's panel p and tile `from` on.
 template <int P, int T>
-struct alignas(64) TileSums {
-  float sums[P][T * kTileRows][kPanelRows];
-
-  // Where tile register i goes.
-  FOURMOE_INLINE float* at(int i, int height) { return sums[i / T][i % T * height]; }
-
-  FOURMOE_INLINE void store(int height) {
-    _tile_stored(0, at(0, height), kStepBytes);
-    if constexpr (P * T > 1) _tile_stored(1, at(1, height), kStepBytes);
-    if constexpr (P * T > 2) _tile_stored(2, at(2, height), kStepBytes);
-    if constexpr (P * T > 3) _tile_stored(3, at(3, height), kStepBytes);
-    if constexpr (P * T > 4) _tile_stored(4, at(4, height), kStepBytes);
-    if constexpr (P * T > 5) _tile_stored(5, at(5, height), kStepBytes);
-  }
-
-  // To the strip's panels from p on and `count` tokens from `first` on.
-  FOURMOE_INLINE void write(const Strip& strip, int p, int first, int count) const {
-    fence();
-    for (int i = 0; i < P; ++i) {
-      float* out = strip.out + ((p + i) * strip.tokens + first) * kPanelRows;
-      for (int m = 0; m < count; ++m, out += kPanelRows) {
-        _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(sums[i][m]), _mm512_set1_ps(strip.factors[first + m])));
-      }
-    }
-  }
-};
+FOURMOE_INLINE void store_sums(const Strip& strip, const Cut& cut, int p, int from) {
+  float* out = strip.out + p * strip.pitch + from * cut.height * kPanelRows;
+  const auto at = [&](int i) { return out + i / T * strip.pitch + i % T * cut.height * kPanelRows; };
+  _tile_stored(0, at(0), kStepBytes);
+  if constexpr (P * T > 1) _tile_stored(1, at(1), kStepBytes);
+  if constexpr (P * T > 2) _tile_stored(2, at(2), kStepBytes);
+  if constexpr (P * T > 3) _tile_stored(3, at(3), kStepBytes);
+  if constexpr (P * T > 4) _tile_stored(4, at(4), kStepBytes);
+  if constexpr (P * T > 5) _tile_stored(5, at(5), kStepBytes);
+  fence();
+}
 
 template <int T>
 FOURMOE_INLINE void zero_sums() {
@@ -305,8 +291,7 @@ template <int P, int T>
 FOURMOE_INLINE void multiply_tiles(const Strip& strip, const Cut& cut, int p, int from) {
   alignas(64) std::byte decoded[2][P][kDecodedStep];
   Groups<P> groups(strip, p);
-  const int first = from * cut.height;
-  Tokens tokens(strip, cut, first);
+  Tokens tokens(strip, cut, from * cut.height);
   zero_sums<T>();
   Between<P, 0>{groups, decoded[0]}.decode_all();
   for (int left = strip.blocks; left > 0; left -= kGroupBlocks) {
@@ -314,10 +299,7 @@ FOURMOE_INLINE void multiply_tiles(const Strip& strip, const Cut& cut, int p, in
     groups.next();
     if (left > 2) multiply_step<P, T>(decoded[1], &tokens, Between<P, 0>{groups, decoded[0]});
   }
-  TileSums<P, T> sums;
-  sums.store(cut.height);
-  const int left = strip.tokens - first;
-  sums.write(strip, p, first, left < T * cut.height ? left : T * cut.height);
+  store_sums<P, T>(strip, cut, p, from);
 }
 
 // P panels by all tokens, three or two tiles of them at a time. Decoding once for all would need what is decoded and

@@ -32,6 +32,7 @@ struct Lanes {
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F value) { _mm512_store_ps(p, value); }
   static void store_unaligned(float* p, F value) { _mm512_storeu_ps(p, value); }
+  static void store_past(float* p, F value) { _mm512_stream_ps(p, value); }
   FOURMOE_INLINE static void prefetch(const std::byte* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
   }

@@ -3,6 +3,7 @@
 //   div(a, b); min(a, b) and max(a, b), which return b where either is a NaN
 //   round(F) to the nearest whole number, power(F) = 2^x for whole x in [-126, 127]
 //   bf16(uint16_t*, F), f16(uint16_t*, F)  round and store kRows values; f16 saturates
+//   store_past(float*, F)                  past the caches, to an address aligned to the vector
 #pragma once
 
 #include "backends/cpu/atom.h"
@@ -66,8 +67,8 @@ struct Relu2 {
   }
 };
 
-FOURMOE_INLINE F scaled(const float* sums, float global, const float* bias) {
-  const F value = Lanes::mul(Lanes::load(sums), constant(global));
+FOURMOE_INLINE F scaled(const float* sums, float factor, float global, const float* bias) {
+  const F value = Lanes::mul(Lanes::mul(Lanes::load(sums), constant(factor)), constant(global));
   return bias == nullptr ? value : Lanes::add(value, Lanes::load(bias));
 }
 
@@ -76,8 +77,8 @@ void activate(const Gates& g) {
   for (int at = 0; at < kPanelRows; at += Lanes::kRows) {
     for (int r = 0; r < g.rows; ++r) {
       const int i = r * kPanelRows + at;
-      const F gate = scaled(g.gate + i, g.gate_global, g.gate_bias ? g.gate_bias + at : nullptr);
-      const F up = scaled(g.up + i, g.up_global, g.up_bias ? g.up_bias + at : nullptr);
+      const F gate = scaled(g.gate + i, g.factors[r], g.gate_global, g.gate_bias ? g.gate_bias + at : nullptr);
+      const F up = scaled(g.up + i, g.factors[r], g.up_global, g.up_bias ? g.up_bias + at : nullptr);
       Lanes::store(g.y + i, Kind::of(gate, up, g));
     }
   }
@@ -90,14 +91,24 @@ void round_rows(const float* y, std::int32_t rows, std::uint16_t* out, std::int6
   }
 }
 
-void scale_rows(const Sums& s) {
+template <void (*Store)(float*, F)>
+FOURMOE_INLINE void scale_rows(const Sums& s) {
   for (int r = 0; r < s.rows; ++r) {
     for (int at = 0; at < kPanelRows; at += Lanes::kRows) {
       const float* bias = s.bias == nullptr ? nullptr : s.bias + at;
-      Lanes::store_unaligned(s.out + r * s.stride + at, scaled(s.sums + r * kPanelRows + at, s.global, bias));
+      Store(s.out + r * s.stride + at, scaled(s.sums + r * kPanelRows + at, s.factors[r], s.global, bias));
     }
   }
 }
+
+// Rows that nobody reads soon: without them in a cache, memory is written without being read first.
+void scale(const Sums& s) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(s.out) % 64 == 0 && s.stride % kPanelRows == 0;
+  if (s.past_caches && aligned) scale_rows<Lanes::store_past>(s);
+  else scale_rows<Lanes::store_unaligned>(s);
+}
+
+void settle() { _mm_sfence(); }
 
 constexpr Finish make_finish() {
   Finish finish{};
@@ -107,7 +118,8 @@ constexpr Finish make_finish() {
   finish.activate[4] = activate<Relu2>;
   finish.round_bf16 = round_rows<Lanes::bf16>;
   finish.round_f16 = round_rows<Lanes::f16>;
-  finish.scale = scale_rows;
+  finish.scale = scale;
+  finish.settle = settle;
   return finish;
 }
 

@@ -141,7 +141,7 @@ void multiply(const Strip& strip) {
   for (int p = 0; p < strip.count; ++p) {
     for (int row = 0; row < kPanelRows; row += kVectors * Lanes::kRows) {
       multiply_rows<Block, T, M, kVectors>(strip.panels + p * strip.stride, strip.blocks, row,
-                                           reinterpret_cast<const float*>(strip.x), strip.out + p * M * kPanelRows);
+                                           reinterpret_cast<const float*>(strip.x), strip.out + p * strip.pitch);
     }
   }
 }

@@ -69,8 +69,9 @@ void activate(const Gates& g) {
   const Activation activation{kKind, g.alpha, g.beta, g.limit};
   for (i32 at = 0; at < g.rows * kPanelRows; ++at) {
     const i32 i = at % kPanelRows;
-    const f32 gate = plus(g.gate[at] * g.gate_global, g.gate_bias, i);
-    g.y[at] = gemm1::activate(activation, gate, plus(g.up[at] * g.up_global, g.up_bias, i));
+    const f32 factor = g.factors[at / kPanelRows];
+    const f32 gate = plus(g.gate[at] * factor * g.gate_global, g.gate_bias, i);
+    g.y[at] = gemm1::activate(activation, gate, plus(g.up[at] * factor * g.up_global, g.up_bias, i));
   }
 }
 
@@ -84,7 +85,7 @@ void round_rows(const f32* y, i32 rows, u16* out, i64 stride) {
 void scale_rows(const Sums& s) {
   for (i32 r = 0; r < s.rows; ++r) {
     for (i32 i = 0; i < kPanelRows; ++i) {
-      s.out[r * s.stride + i] = plus(s.sums[r * kPanelRows + i] * s.global, s.bias, i);
+      s.out[r * s.stride + i] = plus(s.sums[r * kPanelRows + i] * s.factors[r] * s.global, s.bias, i);
     }
   }
 }
@@ -112,7 +113,8 @@ const Finish* finish_portable() {
       {activate<swiglu>, activate<swiglu_clamped>, activate<geglu_erf>, activate<geglu_tanh>, activate<relu2>},
       round_rows<format::to_bf16>,
       round_rows<format::to_f16_saturated>,
-      scale_rows};
+      scale_rows,
+      nullptr};
   return &kFinish;
 }
 

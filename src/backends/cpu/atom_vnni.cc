@@ -114,7 +114,7 @@ FOURMOE_INLINE void multiply_panels(const Strip& strip, int p) {
   }
   FOURMOE_UNROLL for (int i = 0; i < P; ++i) {
     FOURMOE_UNROLL for (int m = 0; m < M; ++m) {
-      _mm512_store_ps(strip.out + ((p + i) * M + m) * kPanelRows, total[i][m]);
+      _mm512_store_ps(strip.out + (p + i) * strip.pitch + m * kPanelRows, total[i][m]);
     }
   }
 }

@@ -37,7 +37,7 @@ class Gemm1 final : public Product {
     alignas(64) f32 y[kMaxTile * kPanelRows];
     for (i32 panel = 0; panel < tile.panels; panel += halves()) {
       const i32 first = (tile.panel + panel) / halves() * kPanelRows;
-      activate(tile, tile.sums + panel * tile.rows * kPanelRows, first, y);
+      activate(tile, tile.sums + panel * tile.pitch, first, y);
       store_rows(tile, first, y);
     }
   }
@@ -55,12 +55,12 @@ class Gemm1 final : public Product {
     const weights::Expert& expert = *tile.expert;
     const Activation& activation = problem_.activation;
     const f32 input = problem_.precision == Precision::w4a4 ? expert.input_scale : 1.0f;
-    const f32* up = gate + (halves() - 1) * tile.rows * kPanelRows;
+    const f32* up = gate + (halves() - 1) * tile.pitch;
     const auto bias = [&](const f32* all) { return all == nullptr ? nullptr : all + first; };
     const int kind = static_cast<int>(activation.kind);
     const auto body = finish_.activate[kind] != nullptr ? finish_.activate[kind] : finish_portable()->activate[kind];
-    body({gate, up, tile.rows, expert.gate.global * input, expert.up.global * input, bias(expert.gate_bias),
-          bias(expert.up_bias), activation.alpha, activation.beta, activation.limit, y});
+    body({gate, up, tile.factors, tile.rows, expert.gate.global * input, expert.up.global * input,
+          bias(expert.gate_bias), bias(expert.up_bias), activation.alpha, activation.beta, activation.limit, y});
   }
 
   void quantise(const Tile& tile, i32 first, const f32* y) const {

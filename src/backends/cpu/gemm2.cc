@@ -3,9 +3,16 @@
 namespace fourmoe::cpu {
 namespace {
 
+// Partial rows of more bytes than this leave the second-level caches (1 to 2 MiB a core) before combine reads them.
+constexpr i64 kKeptBytes = 4 << 20;
+
 class Gemm2 final : public Product {
  public:
-  explicit Gemm2(const Args& args) : args_(args), problem_(*args.problem), finish_(finish_of(*args.machine)) {}
+  explicit Gemm2(const Args& args)
+      : args_(args),
+        problem_(*args.problem),
+        finish_(finish_of(*args.machine)),
+        past_caches_(args.slots.expert_begin[problem_.local_experts] * i64{problem_.hidden} * 4 > kKeptBytes) {}
 
   i32 cols() const override { return problem_.inter; }
   i32 panels() const override { return weights::panel_count(kOrder, problem_.hidden); }
@@ -25,14 +32,20 @@ class Gemm2 final : public Product {
       const i32 first = (tile.panel + p) * kPanelRows;
       const f32* bias = expert.down_bias == nullptr ? nullptr : expert.down_bias + first;
       f32* z = args_.partial.rows + i64{tile.slot} * problem_.hidden + first;
-      finish_.scale({tile.sums + p * tile.rows * kPanelRows, tile.rows, global, bias, z, problem_.hidden});
+      finish_.scale(
+          {tile.sums + p * tile.pitch, tile.factors, tile.rows, global, bias, z, problem_.hidden, past_caches_});
     }
+  }
+
+  void settle() const override {
+    if (past_caches_ && finish_.settle != nullptr) finish_.settle();
   }
 
  private:
   const Args& args_;
   const Problem& problem_;
   const Finish& finish_;
+  bool past_caches_;
 };
 
 Status run(const Bound& bound) { return multiply(Gemm2(*bound.args), *bound.args, bound.scratch); }

@@ -110,6 +110,7 @@ class Worker {
   Worker& operator=(const Worker&) = delete;
   ~Worker() {
     if (entered_ != 0 && atom_.leave != nullptr) atom_.leave();
+    product_.settle();
   }
 
   // Strips [from, to) times the unit's rows.
@@ -146,11 +147,11 @@ class Worker {
     const weights::Expert& expert = args_.weights.experts[unit.expert];
     if (rows != entered_ && atom_.enter != nullptr) atom_.enter(rows);
     entered_ = rows;
-    alignas(64) f32 sums[kStripPanels * kMaxTile * kPanelRows];
+    const i64 pitch = i64{rows + kSpareRows} * kPanelRows;
+    alignas(64) f32 sums[kStripPanels * (kMaxTile + kSpareRows) * kPanelRows];
     atom_.multiply[static_cast<int>(format_)][rows - 1]({product_.blob(expert) + panel * stride_, stride_, panels,
-                                                         blocks_, x_ + begin * row_bytes_, factors_ + begin, rows,
-                                                         sums});
-    product_.store({&expert, unit.first + begin, rows, panel, panels, sums});
+                                                         blocks_, x_ + begin * row_bytes_, rows, sums, pitch});
+    product_.store({&expert, unit.first + begin, rows, panel, panels, sums, pitch, factors_ + begin});
   }
 
   const Product& product_;

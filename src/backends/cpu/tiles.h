@@ -22,7 +22,9 @@ struct Tile {
   i32 rows;
   i32 panel;        // first panel of the strip, counted in the blob
   i32 panels;       // panels of the strip
-  const f32* sums;  // [panels, rows, 16]
+  const f32* sums;  // [panels, rows, 16], panels `pitch` apart
+  i64 pitch;
+  const f32* factors;  // [rows]: of Gates and Sums
 };
 
 // One of the two GEMMs: what it multiplies and what becomes of the sums.
@@ -34,6 +36,7 @@ class Product {
   virtual const std::byte* blob(const weights::Expert& expert) const = 0;
   virtual Row row(i32 slot, u16* buffer) const = 0;  // the slot's row; in `buffer` [cols] where it has to be made first
   virtual void store(const Tile& tile) const = 0;    // called from any thread, once for every tile
+  virtual void settle() const {}                     // by each thread after its last store
 };
 
 // What multiplies this problem on this machine, or null where this build lacks it. It does not depend on the batch.
