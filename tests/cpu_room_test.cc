@@ -290,6 +290,43 @@ TEST_P(CpuRoom, DecodesEveryCodeAndScale) {
   }
 }
 
+// Rows of rare scales among usual ones: those that no bf16 holds beside the others, and blocks of zeros whose scale is
+// the least. Every row is compared with its own size. 160 columns end in a group of two blocks.
+TEST_P(CpuRoom, RareScalesAmongUsualOnes) {
+  constexpr i64 kCols = 160, kBlocks = kCols / 32;
+  for (const i32 tokens : {1, 17, 40, 90}) {
+    cases::Spec spec = spec_of(96, kCols, tokens, Encoding::mxfp4);
+    spec.problem.experts = spec.problem.local_experts = spec.problem.top_k = 1;
+    spec.routes = Routes::one_expert;
+    Stages s(spec);
+    format::Matrix& down = s.layer.experts[0].down;
+    std::vector<u8> codes(down.data, down.data + 96 * kCols / 2), scales(down.scales, down.scales + 96 * kBlocks);
+    for (const auto& [row, scale] :
+         {std::pair{3, 0}, {20, 30}, {21, 59}, {34, 2}, {40, 60}, {82, 160}, {83, 161}, {70, 200}}) {
+      scales[row * kBlocks + row % kBlocks] = static_cast<u8>(scale);
+    }
+    for (const i64 row : {5, 90}) {
+      std::fill_n(&codes[(row * kCols + 64) / 2], 16, static_cast<u8>(row == 5 ? 0x00 : 0x88));
+      scales[row * kBlocks + 2] = 0;
+    }
+    std::fill_n(&codes[34 * kCols / 2], 64, u8{0});  // what is left of this row are products below 2^-126
+    down.data = codes.data();
+    down.scales = scales.data();
+    s.packed = std::make_unique<weights::Packed>(s.layer.experts, *step("cpu", "gemm2").order, tbb_executor(1));
+    s.gemm1(how());
+    const std::vector<f64> y = s.inter();
+    s.gemm2(how());
+    for (i64 slot = 0; slot < tokens; ++slot) {
+      const std::vector<f64> z = plain_gemm2(s, slot, y.data() + slot * kCols);
+      for (i64 h = 0; h < 96; ++h) {
+        f64 size = 0.0;
+        for (i64 k = 0; k < kCols; ++k) size += std::abs(format::weight_at(down, h, k) * y[slot * kCols + k]);
+        ASSERT_NEAR(s.partial[slot * 96 + h], z[h], 1e-6 * size) << "row " << h << ", " << tokens << " tokens";
+      }
+    }
+  }
+}
+
 void expect_equals_reference(Stages* s, const How& how) {
   SCOPED_TRACE(cases::describe(s->spec));
   const Precision precision = s->problem.precision;

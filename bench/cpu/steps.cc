@@ -36,11 +36,11 @@ struct Case {
   i32 more;  // blocks of columns, a multiple of what the loop takes at a time
 };
 
-// Zeroed memory from a cache line on.
+// Memory from a cache line on; its bytes are usual scales of each format.
 class Lines {
  public:
   explicit Lines(i64 bytes) : data_(static_cast<std::byte*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
-    std::memset(data_, 0, (bytes + 63) / 64 * 64);
+    std::memset(data_, 0x77, (bytes + 63) / 64 * 64);
   }
   Lines(const Lines&) = delete;
   Lines& operator=(const Lines&) = delete;
@@ -113,20 +113,23 @@ nlohmann::json count(const Case& c) {
           {"steps", steps}};
 }
 
-// What a level brings of its own: every format at one token, NVFP4 at more.
+// What a level brings of its own: every format at one token, its first one at more.
 std::vector<Case> cases() {
-  const std::array atoms = {atom_portable(), atom_avx2(), atom_avx512(), atom_vnni(), atom_amx()};
+  const std::pair<CpuLevel, const Atom*> atoms[] = {
+      {CpuLevel::portable, atom_portable()}, {CpuLevel::avx2, atom_avx2()}, {CpuLevel::avx512, atom_avx512()},
+      {CpuLevel::vnni, atom_vnni()},         {CpuLevel::amx, atom_amx()},   {CpuLevel::amx, atom_amx_mxfp4()}};
   std::vector<Case> all;
-  for (const CpuLevel level : kCpuLevels) {
-    const Atom* atom = atoms[static_cast<int>(level)];
+  for (const auto& [level, atom] : atoms) {
     if (level > machine().cpu_level || atom == nullptr) continue;
     const i32 more = level >= CpuLevel::vnni ? 16 : weights::kGroupBlocks;
+    bool first = true;
     for (i32 format = 0; format < kPanelFormats; ++format) {
+      if (atom->multiply[format][0] == nullptr) continue;
       for (const i32 tokens : {1, 4, 16, 32, 48, 128}) {
-        const bool there = tokens <= atom->tile && atom->multiply[format][tokens - 1] != nullptr;
-        if (there && (tokens == 1 || format == 0))
-          all.push_back({level, atom, weights::PanelFormat(format), tokens, more});
+        if (tokens > atom->tile || (tokens > 1 && !first)) continue;
+        all.push_back({level, atom, weights::PanelFormat(format), tokens, more});
       }
+      first = false;
     }
   }
   return all;

@@ -125,5 +125,6 @@ const Atom* atom_avx2_int8();
 const Atom* atom_avx512_int8();
 const Atom* atom_vnni_int8();
 const Atom* atom_amx();  // bf16 tokens, nvfp4 panels
+const Atom* atom_amx_mxfp4();
 
 }  // namespace fourmoe::cpu

@@ -1,14 +1,13 @@
-// Products of bf16 tokens and NVFP4 panels in AMX tiles, at every number of tokens.
+// Products of bf16 tokens and 4-bit panels in AMX tiles, at every number of tokens.
 //
 // A step is 32 columns: the tile of tokens [m, 32] bf16 times the tile of a panel [32, 16] bf16, which holds codes
 // times scales: exact, for at most 6 significant bits. The tile unit multiplies exactly and adds to f32 in the order of
 // steps and, within a step, of pairs of columns; a token's sums see no other token, so they are the same in every
 // batch. It takes subnormals (tokens below 2^-126) and makes subnormal sums zero.
 //
-// E2M1 times UE5M3 is computed as f16 and moved 3 bits down, which is bf16 times 2^-112: the two biases differ by 112.
-// So that small products do not end below 2^-126, tokens are held times 2^96, and their sums are multiplied by 2^16.
-// A token with a value of 2^31 or more stays as it is, and its sums are multiplied by 2^112: what then becomes zero is
-// 2^35 times smaller than the smallest product of that value.
+// Weights are held times a power of two, tokens times another, so that their products stay far from both ends of f32;
+// the factors that load returns undo it. A token with a value of 2^kLarge or more is not raised: what then becomes zero
+// is 2^35 times smaller than the smallest product of that value.
 #include "backends/cpu/atom.h"
 
 // gcc and later clangs name it __AMX_BF16__, clang 14 __AMXBF16__.
@@ -20,82 +19,48 @@
 #endif
 #include <immintrin.h>
 
+#include "backends/cpu/atom_amx_decode.h"
 #include "backends/cpu/atom_inline.h"
 
 namespace fourmoe::cpu {
 namespace {
 
-constexpr int kTileRows = 16;                // of a tile register
-constexpr int kTile = 8 * kTileRows;         // tokens of one configuration
-constexpr int kStepBytes = 64;               // 32 bf16
-constexpr int kBlockBytes = 9 * kPanelRows;  // codes and scales
-constexpr int kGroupBlocks = 4;
-constexpr int kGroupBytes = kGroupBlocks * kBlockBytes;
+constexpr int kTileRows = 16;         // of a tile register
+constexpr int kTile = 8 * kTileRows;  // tokens of one configuration
 constexpr int kGroupLines = kGroupBytes / 64;
-constexpr int kFirstLines = 5;                      // of a group's lines, asked for with its first step
-constexpr int kDecodedBlock = 16 * kPanelRows * 2;  // bytes
-constexpr int kDecodedStep = 2 * kDecodedBlock;     // a tile
-constexpr int kMostTiles = 3;                       // of tokens at a time: six sums in eight registers
-constexpr int kAheadGroups = 4;                     // 2304 bytes: measured, docs/cpu.md
+constexpr int kFirstLines = 5;   // of a group's lines, asked for with its first step
+constexpr int kMostTiles = 3;    // of tokens at a time: six sums in eight registers
+constexpr int kAheadGroups = 4;  // 2304 bytes: measured, docs/cpu.md
 
 // gcc 12's tile intrinsics say nothing of the memory that they read and write.
 FOURMOE_INLINE void fence() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
-// E2M1 as the upper byte of f16, four times: a permutation of bytes reads 6 bits of its index.
-#define FOURMOE_E2M1 0x00, 0x38, 0x3c, 0x3e, 0x40, 0x42, 0x44, 0x46, 0x80, 0xb8, 0xbc, 0xbe, 0xc0, 0xc2, 0xc4, 0xc6
-alignas(64) constexpr unsigned char kTable[64] = {FOURMOE_E2M1, FOURMOE_E2M1, FOURMOE_E2M1, FOURMOE_E2M1};
-
-// Eight columns of 16 rows: a word of `codes` is a row, its nibble j column j. Writes columns (0, 4), (1, 5), (2, 6)
-// and (3, 7) as pairs of bf16, a row of a tile each.
-FOURMOE_INLINE void decode_half(const std::byte* codes, __m512h scale, std::byte* out) {
-  const __m512i table = _mm512_load_si512(kTable);
-  const __m512i keep = _mm512_set1_epi16(static_cast<short>(0x8fff));  // the shift repeats the sign
-  const __mmask64 upper = 0xaaaaaaaaaaaaaaaaull;
-  const __m512i words = _mm512_load_si512(codes);
-  const __m512i at_upper[4] = {_mm512_slli_epi32(words, 8), _mm512_slli_epi32(words, 4), words,
-                               _mm512_srli_epi32(words, 4)};
-  FOURMOE_UNROLL for (int i = 0; i < 4; ++i) {
-    const __m512h value = _mm512_castsi512_ph(_mm512_maskz_permutexvar_epi8(upper, at_upper[i], table));
-    const __m512i product = _mm512_castph_si512(_mm512_mul_ph(value, scale));
-    _mm512_store_si512(out + i * kStepBytes, _mm512_and_si512(_mm512_srai_epi16(product, 3), keep));
-  }
-}
-
-// For each block of a group, the byte of its scales that each byte of a vector takes: 16 rows, four times each.
-struct alignas(64) Spread {
-  unsigned char at[kGroupBlocks][64];
-
-  constexpr Spread() : at() {
-    for (int i = 0; i < kGroupBlocks * 64; ++i) at[i / 64][i % 64] = static_cast<unsigned char>(i / 4);
-  }
-};
-constexpr Spread kSpread;
-
-// UE5M3 bytes of a block's 16 rows as pairs of f16, of the scales of a group.
-FOURMOE_INLINE __m512h spread_scales(__m512i scales, int block) {
-  const __mmask64 upper = 0xaaaaaaaaaaaaaaaaull;
-  const __m512i at = _mm512_load_si512(kSpread.at[block]);
-  return _mm512_castsi512_ph(_mm512_srli_epi16(_mm512_maskz_permutexvar_epi8(upper, at, scales), 1));
-}
-
-FOURMOE_INLINE void decode_block(const std::byte* codes, __m512h scale, std::byte* out) {
-  decode_half(codes, scale, out);
-  decode_half(codes + 4 * kPanelRows, scale, out + kDecodedBlock / 2);
+template <class F>
+FOURMOE_INLINE void decode_block(const std::byte* codes, typename F::Scales scales, std::byte* out) {
+  F::decode_half(codes, scales, out);
+  F::decode_half(codes + 4 * kPanelRows, scales, out + kDecodedBlock / 2);
 }
 
 // Block B of a whole group.
-template <int B>
-FOURMOE_INLINE void decode_whole(const std::byte* group, std::byte* out) {
+template <class F, int B>
+FOURMOE_INLINE void decode_whole(const std::byte* group, typename F::Watch* watch, std::byte* out) {
   const __m512i scales = _mm512_load_si512(group + kGroupBlocks * 8 * kPanelRows);
-  decode_block(group + B * 8 * kPanelRows, spread_scales(scales, B), out);
+  if constexpr (B == 0) watch->see(scales);
+  decode_block<F>(group + B * 8 * kPanelRows, F::spread(scales, B), out);
 }
 
-// A block of a last group of 1 to 3 blocks; one that is not there has scales of zero.
-__attribute__((noinline)) void decode_last(const std::byte* group, int count, int block, std::byte* out) {
+// A block of a last group of 1 to 3 blocks; in place of one that is not there, the first with scales that make it zero
+// or, at least, finite: what it is multiplied by is zero.
+template <class F>
+__attribute__((noinline)) void decode_last(const std::byte* group, int count, int block, typename F::Watch* watch,
+                                           std::byte* out) {
   const __mmask64 inside = (1ull << (kPanelRows * count)) - 1;
   const __m512i scales = _mm512_maskz_loadu_epi8(inside, group + count * 8 * kPanelRows);
+  const __m512i first = _mm512_broadcast_i32x4(_mm512_castsi512_si128(scales));
+  const __m512i filled = _mm512_mask_mov_epi8(first, inside, scales);
+  watch->see(filled);
   const std::byte* codes = group + (block < count ? block : 0) * 8 * kPanelRows;
-  decode_block(codes, spread_scales(scales, block), out);
+  decode_block<F>(codes, F::spread(filled, block), out);
 }
 
 // A strip's m tokens are cut into tiles of one height. The last may reach beyond m: what it reads there are rows of the
@@ -129,14 +94,15 @@ void enter(std::int32_t tokens) {
 void leave() { _tile_release(); }
 
 // A group of P neighbouring panels of a strip, and what follows it.
-template <int P>
+template <class F, int P>
 struct Groups {
   const std::byte* data;  // of the first panel
   std::int64_t stride;    // to the next panel
   int left;               // blocks still to come, this group's included
+  typename F::Watch watch;
 
   FOURMOE_INLINE Groups(const Strip& strip, int p)
-      : data(strip.panels + p * strip.stride), stride(strip.stride), left(strip.blocks) {}
+      : data(strip.panels + p * strip.stride), stride(strip.stride), left(strip.blocks), watch() {}
 
   FOURMOE_INLINE void next() {
     data += kGroupBytes;
@@ -156,22 +122,22 @@ struct Groups {
 
   // Piece I of step S, if the group has that step: block I % 2 of panel I / 2.
   template <int S, int I>
-  FOURMOE_INLINE void decode(std::byte (*out)[kDecodedStep]) const {
+  FOURMOE_INLINE void decode(std::byte (*out)[kDecodedStep]) {
     constexpr int kPanel = I / 2;
     constexpr int kHalf = I % 2;
     if (left <= 2 * S) return;
     if constexpr (kHalf == 0) prefetch<S>(kPanel);
     const std::byte* group = data + kPanel * stride;
     std::byte* to = out[kPanel] + kHalf * kDecodedBlock;
-    if (left >= kGroupBlocks) decode_whole<2 * S + kHalf>(group, to);
-    else decode_last(group, left, 2 * S + kHalf, to);
+    if (left >= kGroupBlocks) decode_whole<F, 2 * S + kHalf>(group, &watch, to);
+    else decode_last<F>(group, left, 2 * S + kHalf, &watch, to);
   }
 };
 
 // Decodes the pieces of step S that stand between two tile products; fences keep them there.
-template <int P, int S>
+template <class F, int P, int S>
 struct Between {
-  const Groups<P>& groups;
+  Groups<F, P>& groups;
   std::byte (*out)[kDecodedStep];
 
   template <int... I>
@@ -251,8 +217,8 @@ FOURMOE_INLINE void multiply_by_three(const std::byte (*decoded)[kDecodedStep], 
   _tile_dpbf16ps(3, 6, 7);
 }
 
-template <int P, int T, int S>
-FOURMOE_INLINE void multiply_step(const std::byte (*decoded)[kDecodedStep], Tokens* tokens, const Between<P, S>& next) {
+template <int P, int T, class Next>
+FOURMOE_INLINE void multiply_step(const std::byte (*decoded)[kDecodedStep], Tokens* tokens, const Next& next) {
   fence();
   if constexpr (T == 3) multiply_by_three<P>(decoded, *tokens, next);
   else if constexpr (T == 2) multiply_by_two<P>(decoded, *tokens, next);
@@ -285,42 +251,112 @@ FOURMOE_INLINE void zero_sums() {
   if constexpr (T == kMostTiles) _tile_zero(5);
 }
 
+// 2^exponent, within f32.
+float power(int exponent) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((127 + exponent) << 23))); }
+
+// A row of an MXFP4 panel as scalars see it.
+struct PlainRow {
+  const std::byte* panel;
+  int blocks;
+  int row;
+
+  int scale(int block) const {
+    return static_cast<int>(group(block)[(count(block) * 8 + block % 4) * kPanelRows + row]);
+  }
+  int code(int block, int k) const {
+    const std::byte* word = group(block) + ((block % 4 * 2 + k / 8) * kPanelRows + row) * 4;
+    return static_cast<int>(word[k % 8 / 2]) >> k % 2 * 4 & 15;
+  }
+
+ private:
+  const std::byte* group(int block) const { return panel + std::int64_t{block / 4} * kGroupBytes; }
+  int count(int block) const { return blocks - block / 4 * 4 < 4 ? blocks - block / 4 * 4 : 4; }
+};
+
+// Value j of a token in the strip's form, whose columns of each eight stand in the order 0, 4, 1, 5, 2, 6, 3, 7.
+float token_at(const Strip& strip, int token, int j) {
+  const int at = (j & ~7) + j % 4 * 2 + j % 8 / 4;
+  const std::byte* step = strip.x + (std::int64_t{at / 32} * strip.tokens + token) * kStepBytes;
+  std::uint16_t bits;
+  __builtin_memcpy(&bits, step + at % 32 * 2, sizeof bits);
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits << 16)));
+}
+
+bool has_weights_of_rare_scale(const PlainRow& row) {
+  for (int block = 0; block < row.blocks; ++block) {
+    if (row.scale(block) >= Mxfp4::kLeast && row.scale(block) <= Mxfp4::kMost) continue;
+    for (int k = 0; k < 16; ++k) {
+      if (row.code(block, k) % 8 != 0) return true;
+    }
+  }
+  return false;
+}
+
+// The order of sums in atom.h, in f32.
+float sum_plainly(const Strip& strip, const PlainRow& row, int token) {
+  static constexpr float kE2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                      -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  float total = 0.0f;
+  for (int block = 0; block < row.blocks; ++block) {
+    float sum = 0.0f;
+    for (int k = 0; k < 16; ++k) sum += kE2m1[row.code(block, k)] * token_at(strip, token, block * 16 + k);
+    const int exponent = row.scale(block) - 127;
+    total += sum * power(exponent / 2) * power(exponent - exponent / 2);
+  }
+  return total;
+}
+
+// Rows of MXFP4 panels that hold weights of scales that tiles do not: once more, one by one. Trained layers have none.
+__attribute__((noinline)) void multiply_rest(const Strip& strip, int first, int count) {
+  for (int p = first; p < first + count; ++p) {
+    for (int r = 0; r < kPanelRows; ++r) {
+      const PlainRow row{strip.panels + p * strip.stride, strip.blocks, r};
+      if (!has_weights_of_rare_scale(row)) continue;
+      for (int m = 0; m < strip.tokens; ++m) {
+        strip.out[p * strip.pitch + m * kPanelRows + r] = sum_plainly(strip, row, m);
+      }
+    }
+  }
+}
+
 // P panels from p on by T tiles of tokens from the strip's tile `from` on. While the tile unit multiplies a step the
 // vector units decode the next one into the other buffer: into the same one, the two would take turns.
-template <int P, int T>
+template <class F, int P, int T>
 FOURMOE_INLINE void multiply_tiles(const Strip& strip, const Cut& cut, int p, int from) {
   alignas(64) std::byte decoded[2][P][kDecodedStep];
-  Groups<P> groups(strip, p);
+  Groups<F, P> groups(strip, p);
   Tokens tokens(strip, cut, from * cut.height);
   zero_sums<T>();
-  Between<P, 0>{groups, decoded[0]}.decode_all();
+  Between<F, P, 0>{groups, decoded[0]}.decode_all();
   for (int left = strip.blocks; left > 0; left -= kGroupBlocks) {
-    multiply_step<P, T>(decoded[0], &tokens, Between<P, 1>{groups, decoded[1]});
+    multiply_step<P, T>(decoded[0], &tokens, Between<F, P, 1>{groups, decoded[1]});
     groups.next();
-    if (left > 2) multiply_step<P, T>(decoded[1], &tokens, Between<P, 0>{groups, decoded[0]});
+    if (left > 2) multiply_step<P, T>(decoded[1], &tokens, Between<F, P, 0>{groups, decoded[0]});
   }
   store_sums<P, T>(strip, cut, p, from);
+  if (groups.watch.any()) multiply_rest(strip, p, P);
 }
 
 // P panels by all tokens, three or two tiles of them at a time. Decoding once for all would need what is decoded and
 // all sums in the nearest cache, beside the tokens that stream by: slower (docs/cpu.md).
-template <int P>
+template <class F, int P>
 FOURMOE_INLINE void multiply_panels(const Strip& strip, const Cut& cut, int p) {
-  if (cut.tiles == 1) multiply_tiles<P, 1>(strip, cut, p, 0);
+  if (cut.tiles == 1) multiply_tiles<F, P, 1>(strip, cut, p, 0);
   for (int from = 0; from + 1 < cut.tiles;) {
     const int left = cut.tiles - from;
     const bool three = left == 3 || left > 4;  // never one alone
-    if (three) multiply_tiles<P, 3>(strip, cut, p, from);
-    else multiply_tiles<P, 2>(strip, cut, p, from);
+    if (three) multiply_tiles<F, P, 3>(strip, cut, p, from);
+    else multiply_tiles<F, P, 2>(strip, cut, p, from);
     from += three ? 3 : 2;
   }
 }
 
+template <class F>
 void multiply(const Strip& strip) {
   const Cut cut(strip.tokens);
   int p = 0;
-  for (; p + 2 <= strip.count; p += 2) multiply_panels<2>(strip, cut, p);
-  if (p < strip.count) multiply_panels<1>(strip, cut, p);
+  for (; p + 2 <= strip.count; p += 2) multiply_panels<F, 2>(strip, cut, p);
+  if (p < strip.count) multiply_panels<F, 1>(strip, cut, p);
 }
 
 // Largest magnitude bits of a row.
@@ -337,12 +373,13 @@ FOURMOE_INLINE unsigned largest_bits(const std::uint8_t* values, int blocks) {
   return 0xffffu - (static_cast<unsigned>(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, ones)))) & 0xffffu);
 }
 
-// Columns of each eight in the order (0, 4), (1, 5), (2, 6), (3, 7), times 2^96 where that cannot overflow.
+// Columns of each eight in the order (0, 4), (1, 5), (2, 6), (3, 7), times 2^kRaise where that cannot overflow.
+template <class F>
 float load_bf16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
-  constexpr unsigned kLarge = (127 + 31) << 7;  // 2^31, infinity and NaN beyond it
+  constexpr unsigned kLarge = (127 + F::kLarge) << 7;  // infinity and NaN beyond it
   const bool large = largest_bits(row.values, blocks) >= kLarge;
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  const __m512i raise = _mm512_set1_epi16(large ? 0 : 96 << 7);
+  const __m512i raise = _mm512_set1_epi16(large ? 0 : F::kRaise << 7);
   const __m512i order = _mm512_set_epi16(31, 27, 30, 26, 29, 25, 28, 24, 23, 19, 22, 18, 21, 17, 20, 16, 15, 11, 14, 10,
                                          13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
   for (std::int32_t b = 0; b < blocks; b += 2, out += stride) {
@@ -352,17 +389,18 @@ float load_bf16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_
     const __m512i raised = _mm512_mask_add_epi16(values, normal, values, raise);
     _mm512_store_si512(out, _mm512_permutexvar_epi16(order, raised));
   }
-  return large ? 0x1p112f : 0x1p16f;
+  return power(F::kWeight - (large ? 0 : F::kRaise));
 }
 
-constexpr Atom make_atom() {
+template <class F>
+constexpr Atom make_atom(int format) {
   Atom atom{};
   atom.name = "AMX tiles of bf16 at every batch size";
   atom.tile = kTile;
   atom.step_blocks = 2;
   atom.step_bytes = kStepBytes;
-  for (int m = 0; m < kTile; ++m) atom.multiply[0][m] = multiply;
-  atom.load[0] = load_bf16;
+  for (int m = 0; m < kTile; ++m) atom.multiply[format][m] = multiply<F>;
+  atom.load[0] = load_bf16<F>;
   atom.enter = enter;
   atom.leave = leave;
   return atom;
@@ -371,7 +409,12 @@ constexpr Atom make_atom() {
 }  // namespace
 
 const Atom* atom_amx() {
-  static constexpr Atom kAtom = make_atom();
+  static constexpr Atom kAtom = make_atom<Nvfp4>(0);  // of weights::PanelFormat
+  return &kAtom;
+}
+
+const Atom* atom_amx_mxfp4() {
+  static constexpr Atom kAtom = make_atom<Mxfp4>(1);
   return &kAtom;
 }
 
@@ -381,6 +424,7 @@ const Atom* atom_amx() {
 
 namespace fourmoe::cpu {
 const Atom* atom_amx() { return nullptr; }
+const Atom* atom_amx_mxfp4() { return nullptr; }
 }  // namespace fourmoe::cpu
 
 #endif

@@ -184,9 +184,9 @@ const Atom* atom_for(const Problem& problem, const Machine& machine) {
   const bool w4a16 = problem.precision == Precision::w4a16;
   const CpuLevel level = machine.cpu_level;
   if (problem.precision == Precision::w4a8_int8) return atom_int8(level);
-  if (level >= CpuLevel::amx && w4a16 && problem.activations == format::Dtype::bf16 &&
-      problem.encoding == format::Encoding::nvfp4) {
-    return atom_amx();
+  if (level >= CpuLevel::amx && w4a16 && problem.activations == format::Dtype::bf16) {
+    if (problem.encoding == format::Encoding::nvfp4) return atom_amx();
+    if (problem.encoding == format::Encoding::mxfp4) return atom_amx_mxfp4();
   }
   if (level >= CpuLevel::vnni && !w4a16) return atom_vnni();
   if (level >= CpuLevel::avx512) return atom_avx512();
