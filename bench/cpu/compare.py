@@ -112,8 +112,9 @@ def draw(rows, path):
 
 def draw_shares(axis, rows):
     tokens = [row["tokens"] for row in rows]
-    for name in ("w4a16", *QUANTISED):
-        axis.plot(tokens, [row[name]["case"]["share_of_read"] for row in rows], "o-", label=f"{name}, of read")
+    for name in ("w4a16", *QUANTISED):  # older rows lack a precision
+        points = [(row["tokens"], row[name]["case"]["share_of_read"]) for row in rows if name in row]
+        axis.plot(*zip(*points), "o-", label=f"{name}, of read")
     axis.plot(tokens, [row["w4a16"]["case"]["share_of_peak"] for row in rows], "s--", label="w4a16, of AMX bf16")
     axis.set(title="share of the ceilings of the same call", xlabel="tokens", xscale="log", ylim=(0, 1))
     axis.legend()
