@@ -4,7 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="fourmoe")
 
 "fourmoe" computes with exact weights and activations of 16 bits (w4a16), "fourmoe_w4a4" quantises activations to NVFP4
-too. Experts may be those of an NVFP4 checkpoint of ModelOpt, which transformers itself does not read, or of an MXFP4
+too, "fourmoe_w4a8_int8" to int8 (on a CPU). Experts may be those of an NVFP4 checkpoint of ModelOpt, which transformers itself does not read, or of an MXFP4
 checkpoint of gpt-oss; both stay in 4 bits. Or the model's own parameters (bf16, f16 or f32), read where they lie.
 Inference only.
 """
@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import fourmoe
 import fourmoe.torch  # noqa: F401  (registers the operators)
 
-IMPLEMENTATIONS = {"fourmoe": "w4a16", "fourmoe_w4a4": "w4a4"}
+IMPLEMENTATIONS = {"fourmoe": "w4a16", "fourmoe_w4a4": "w4a4", "fourmoe_w4a8_int8": "w4a8_int8"}
 _GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu_erf", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
