@@ -327,6 +327,37 @@ TEST_P(CpuRoom, RareScalesAmongUsualOnes) {
   }
 }
 
+// The host's route hands on one row a slot, whichever experts share an input scale.
+TEST(CpuRoomTokens, EverySlotHasItsExpertsQuantisedRow) {
+  for (const bool weight_on_input : {false, true}) {
+    for (const int shared : {1, 2, 7}) {  // experts that share an input scale
+      cases::Spec spec = spec_of(80, 48, 9);
+      spec.problem.precision = Precision::w4a4;
+      spec.routes = Routes::holes;
+      spec.problem.routing.weight_on_input = weight_on_input;
+      if (weight_on_input) spec.problem.top_k = 1;
+      Stages s(spec);
+      for (int e = 0; e < 7; ++e) s.layer.experts[e].input_scale = 0.01f * static_cast<f32>(1 + e / shared);
+      s.args.weights.experts = s.layer.experts;
+      std::ranges::fill(s.codes, kPoison);
+      std::ranges::fill(s.scales, kPoison);
+      throw_unless_ok(step("host", "route").run({nullptr, &s.args, nullptr}));
+      for (i32 slot = 0; slot < s.slots(); ++slot) {
+        const i64 pick = s.slot_pick[slot];
+        std::vector<f32> x(80);
+        for (i64 k = 0; k < 80; ++k) {
+          x[k] = static_cast<f32>(format::read(s.call.hidden.data(), spec.hidden, pick / s.problem.top_k * 80 + k)) *
+                 (weight_on_input ? s.pick_weights[pick] : 1.0f);
+        }
+        std::vector<u8> codes(40), scales(5);
+        format::quantise_row(x.data(), 80, s.expert_of(slot).input_scale, codes.data(), scales.data());
+        ASSERT_TRUE(std::equal(codes.begin(), codes.end(), &s.codes[slot * 40])) << slot << ", " << shared;
+        ASSERT_TRUE(std::equal(scales.begin(), scales.end(), &s.scales[slot * 5])) << slot << ", " << shared;
+      }
+    }
+  }
+}
+
 void expect_equals_reference(Stages* s, const How& how) {
   SCOPED_TRACE(cases::describe(s->spec));
   const Precision precision = s->problem.precision;

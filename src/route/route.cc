@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "args.h"
@@ -204,30 +205,54 @@ void widen(const u8* row, format::Dtype dtype, f32 weight, std::vector<f32>* x) 
   for (i64 k = 0; k < count; ++k) out[k] = format::read(row, dtype, k) * weight;
 }
 
+// Codes and scales of one slot.
+struct QuantisedRow {
+  u8* codes;   // [hidden / 2]
+  u8* scales;  // [hidden / 16]
+
+  QuantisedRow(const Args& args, i64 slot)
+      : codes(args.slots.codes + slot * (args.problem->hidden / 2)),
+        scales(args.slots.scales + slot * (args.problem->hidden / format::kNvfp4Block)) {}
+
+  void copy(const u8* from_codes, const u8* from_scales, i64 hidden) const {
+    std::memcpy(codes, from_codes, hidden / 2);
+    std::memcpy(scales, from_scales, hidden / format::kNvfp4Block);
+  }
+};
+
+// A token's rows, one a slot. Experts that share an input scale, as some checkpoints' all do, share the quantised row.
+void quantise_token(const Args& args, i64 token, std::vector<f32>* x) {
+  const Problem& problem = *args.problem;
+  const bool weighted = problem.routing.weight_on_input;
+  std::vector<std::pair<f32, i64>> made;  // input scale, slot
+  if (!weighted && args.hidden_scales.empty()) widen(args.hidden.row(token), args.hidden.dtype, 1.0f, x);
+  for (i64 pick = token * problem.top_k; pick < (token + 1) * problem.top_k; ++pick) {
+    const i64 slot = args.slots.pick_slot[pick];
+    if (slot < 0) continue;
+    const QuantisedRow out(args, slot);
+    if (!args.hidden_scales.empty()) {  // quantised by the caller
+      out.copy(args.hidden.row(token), args.hidden_scales.row(token), problem.hidden);
+      continue;
+    }
+    const f32 global = args.weights.experts[args.slots.ids[pick] - problem.first_expert].input_scale;
+    const auto same = std::ranges::find(made, global, &std::pair<f32, i64>::first);
+    if (same != made.end()) {
+      const QuantisedRow known(args, same->second);
+      out.copy(known.codes, known.scales, problem.hidden);
+      continue;
+    }
+    if (weighted) widen(args.hidden.row(token), args.hidden.dtype, args.slots.weights[pick], x);
+    else made.emplace_back(global, slot);
+    format::quantise_row(x->data(), problem.hidden, global, out.codes, out.scales);
+  }
+}
+
 }  // namespace
 
 void quantise(const Args& args) {
-  const Problem& problem = *args.problem;
-  const i64 hidden = problem.hidden;
-  const i64 slots = args.slots.expert_begin[problem.local_experts];
-  args.executor->parallel_for((slots + kTokensPerTask - 1) / kTokensPerTask, [&](i64 task) {
-    std::vector<f32> x(hidden);
-    for (i64 slot = task * kTokensPerTask; slot < std::min(slots, (task + 1) * kTokensPerTask); ++slot) {
-      const i64 pick = args.slots.slot_pick[slot];
-      if (!args.hidden_scales.empty()) {  // quantised by the caller
-        const i64 token = pick / problem.top_k;
-        std::memcpy(args.slots.codes + slot * (hidden / 2), args.hidden.row(token), hidden / 2);
-        std::memcpy(args.slots.scales + slot * (hidden / format::kNvfp4Block), args.hidden_scales.row(token),
-                    hidden / format::kNvfp4Block);
-        continue;
-      }
-      const f32 weight = problem.routing.weight_on_input ? args.slots.weights[pick] : 1.0f;
-      const f32 global = args.weights.experts[args.slots.ids[pick] - problem.first_expert].input_scale;
-      const u8* row = args.hidden.row(pick / problem.top_k);
-      widen(row, args.hidden.dtype, weight, &x);
-      format::quantise_row(x.data(), hidden, global, args.slots.codes + slot * (hidden / 2),
-                           args.slots.scales + slot * (hidden / format::kNvfp4Block));
-    }
+  args.executor->parallel_for(args.tokens, [&](i64 token) {
+    std::vector<f32> x(args.problem->hidden);
+    quantise_token(args, token, &x);
   });
 }
 
