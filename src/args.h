@@ -15,6 +15,12 @@ namespace gpu {
 struct Fault;  // gpu/fault.h: what kernels found wrong
 }
 
+// The layer's shared expert, for a step that computes it with the routed ones (Step::takes_shared).
+struct Shared {
+  bool asked = false;            // it is entry [local_experts] of the table on the device
+  const f32* weights = nullptr;  // [tokens] of its output; null: 1
+};
+
 struct Args {
   const Problem* problem = nullptr;
   const Machine* machine = nullptr;
@@ -31,6 +37,7 @@ struct Args {
   // Plans for a GPU, where all views above and below lie in its memory:
   void* stream = nullptr;       // cudaStream_t; null: the default stream
   gpu::Fault* fault = nullptr;  // in host memory that the device sees; the layer's
+  std::byte* kept = nullptr;    // [Plan::kept_bytes] of the workspace's calls; the layer's; null: nothing is kept
 
   route::In picks;
   route::Picked picked;
@@ -38,6 +45,7 @@ struct Args {
   gemm1::Out inter;
   gemm2::Out partial;
   combine::In addend;
+  Shared shared;
   combine::Out output;
 };
 

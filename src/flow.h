@@ -81,6 +81,7 @@ struct Activation {
   f32 limit = 7.0f;    // swiglu_clamped: gate <= limit, |up| <= limit
 
   constexpr bool gated() const { return kind != ActivationKind::relu2; }
+  bool operator==(const Activation&) const = default;
 };
 
 enum class Score : u8 { softmax, sigmoid, sqrt_softplus, none };
@@ -147,6 +148,7 @@ struct Bound {
   const Step* step = nullptr;
   const Args* args = nullptr;    // outlives the call
   std::byte* scratch = nullptr;  // bytes() bytes, 64-byte aligned
+  std::byte* kept = nullptr;     // kept() bytes, 64-byte aligned; null: nothing is kept for this call
   i32 variant = -1;              // a Variant's number
 };
 
@@ -171,6 +173,9 @@ struct Step {
   // of sums where the problem is batch_invariant. Null: there is one way.
   std::vector<Variant> (*variants)(const Problem&, const Machine&, i64 tokens) = nullptr;
   i32 revision = 1;  // raised with a change that makes it faster or slower: forgets what was measured before
+  // Memory that it keeps between the calls that share a workspace, zeros at first. Null: none.
+  i64 (*kept)(const Problem&, const Machine&) = nullptr;
+  bool takes_shared = false;  // it computes the layer's shared expert too where Args::shared asks for it
 
   // A step of a room, which --backend can name, and not a stage's own body.
   bool in_room() const { return room != "host" && room != "device"; }

@@ -35,6 +35,7 @@ struct Pass {
   i32* shared_ids = nullptr;      // [max_tokens]
   f32* shared_weights = nullptr;  // [max_tokens]
   f32* addend = nullptr;          // [max_tokens, hidden], the shared experts' output
+  std::byte* kept = nullptr;      // Visit::kept
 };
 
 Plans make_plans(const checkpoint::Layer& weights, const LayerOptions& options, Dtype activations, tune::Known* known) {
@@ -72,8 +73,9 @@ struct Layer::Impl {
   i32 device() const { return bf16.routed.most().machine.device; }
   i64 lay_out(std::byte* base, Pass* pass) const;
   Status run_shared(const Plans& plans, const LayerCall& call, const Tensor& hidden, const Pass& pass) const;
+  Status add_shared(const Plans& plans, const LayerCall& call, const Pass& pass, Args* args) const;
   Status run_pass(const LayerCall& call, i64 begin, i64 count, const Pass& pass) const;
-  Status run_passes(const LayerCall& call, Workspace workspace);
+  Status run_passes(const Visit& visit);
   Status run(const LayerCall& call, Workspace workspace);
 };
 
@@ -200,7 +202,20 @@ Status Layer::Impl::run_shared(const Plans& plans, const LayerCall& call, const 
   args.picks.ids = view(pass.shared_ids, Dtype::i32, hidden.rows, 1);
   args.picks.weights = view(pass.shared_weights, Dtype::f32, hidden.rows, 1);
   args.output.output = view(pass.addend, Dtype::f32, hidden.rows, hidden.cols);
+  if (pass.kept != nullptr) args.kept = pass.kept + plans.routed.kept_bytes();
   return plan::run(plans.shared.at(args.tokens).plan, args, pass.plan);
+}
+
+// With the routed experts where the plan can, else before them.
+Status Layer::Impl::add_shared(const Plans& plans, const LayerCall& call, const Pass& pass, Args* args) const {
+  if (!home->one_table() || !plans.routed.at(args->tokens).plan.takes_shared()) {
+    args->addend.addend = pass.addend;
+    return run_shared(plans, call, args->hidden, pass);
+  }
+  args->shared.asked = true;
+  if (weights.shared->gate.empty()) return {};
+  args->shared.weights = pass.shared_weights;
+  return home->pick_shared(args->hidden, call.stream, nullptr, pass.shared_weights);
 }
 
 Status Layer::Impl::run_pass(const LayerCall& call, i64 begin, i64 count, const Pass& pass) const {
@@ -224,18 +239,20 @@ Status Layer::Impl::run_pass(const LayerCall& call, i64 begin, i64 count, const 
     if (!status.ok()) return status;
     args.picks.logits = view(pass.logits, Dtype::f32, count, problem.experts);
   }
+  args.kept = pass.kept;
   if (weights.shared) {
-    if (Status status = run_shared(plans, call, args.hidden, pass); !status.ok()) return status;
-    args.addend.addend = pass.addend;
+    if (Status status = add_shared(plans, call, pass, &args); !status.ok()) return status;
   }
   if (call.picked_ids != nullptr) args.picked.ids = call.picked_ids + begin * problem.top_k;
   if (call.picked_weights != nullptr) args.picked.weights = call.picked_weights + begin * problem.top_k;
   return plan::run(plans.routed.at(count).plan, args, pass.plan);
 }
 
-Status Layer::Impl::run_passes(const LayerCall& call, Workspace workspace) {
+Status Layer::Impl::run_passes(const Visit& visit) {
+  const LayerCall& call = visit.call;
   Pass pass;
-  lay_out(workspace.data, &pass);
+  lay_out(visit.workspace.data, &pass);
+  pass.kept = visit.kept;
   const i64 most = bf16.routed.most().problem.max_tokens;
   for (i64 begin = 0; begin < call.hidden.rows; begin += most) {
     const i64 count = std::min(most, call.hidden.rows - begin);
@@ -258,7 +275,7 @@ Status Layer::Impl::run(const LayerCall& call, Workspace workspace) {
   if (device() >= 0) current.emplace(device());
   if (current && !current->status().ok()) return current->status();
   if (Status status = home->enter(&visit); !status.ok()) return status;
-  Status status = run_passes(call, visit.workspace);
+  Status status = run_passes(visit);
   Status left = home->leave(&visit);
   return status.ok() ? left : status;
 }

@@ -58,6 +58,13 @@ i64 scratch_bytes(const Plan& plan) {
   return most;
 }
 
+// What the step keeps, in whole cache lines.
+i64 kept_bytes(const Step& step, const Plan& plan) {
+  if (step.kept == nullptr) return 0;
+  const i64 bytes = step.kept(plan.problem, plan.machine);
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
 bool asked_for(const Step& step, const Request& request) {
   const bool pinned_elsewhere = std::any_of(request.pinned.begin(), request.pinned.end(), [&](const Step* pin) {
     return pin != &step && pin->span.first <= step.span.last && step.span.first <= pin->span.last;
@@ -310,7 +317,12 @@ Status make(const Problem& problem, const Machine& machine, const Request& reque
   Carver carver(nullptr);
   lay_out(*out, &carver, &unused, scratch_bytes(*out));
   out->workspace_bytes = carver.used();
+  for (const Step* step : out->steps) out->kept_bytes += kept_bytes(*step, *out);
   return {};
+}
+
+bool Plan::takes_shared() const {
+  return std::any_of(steps.begin(), steps.end(), [](const Step* step) { return step->takes_shared; });
 }
 
 Choice choice_of(const Plan& plan) {
@@ -350,9 +362,12 @@ Status run(const Plan& plan, Args args, Workspace workspace) {
   std::byte* scratch = lay_out(plan, &carver, &args, scratch_bytes(plan));
   if (args.picked.ids != nullptr) args.slots.ids = args.picked.ids;
   if (args.picked.weights != nullptr) args.slots.weights = args.picked.weights;
+  std::byte* kept = args.kept;
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
     const Step* step = plan.steps[i];
-    if (Status status = step->run({step, &args, scratch, plan.variants[i].number}); !status.ok()) return status;
+    const Bound bound = {step, &args, scratch, step->kept == nullptr ? nullptr : kept, plan.variants[i].number};
+    if (Status status = step->run(bound); !status.ok()) return status;
+    if (kept != nullptr) kept += kept_bytes(*step, plan);
   }
   return {};
 }

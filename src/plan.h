@@ -45,6 +45,9 @@ struct Plan {
   std::vector<Candidate> candidates;  // every step of list.cc, in its order
   std::string backend;                // room of the chosen GEMMs
   i64 workspace_bytes = 0;            // for problem.max_tokens
+  i64 kept_bytes = 0;                 // that steps keep between the calls that share a workspace
+
+  bool takes_shared() const;  // a step computes the layer's shared expert with the routed ones
 };
 
 // The plan is for the host, or for the GPU machine.device. Covers the flow with the first accepted steps of

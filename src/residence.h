@@ -22,6 +22,7 @@ struct Visit {
   Workspace workspace;                // the caller's; without data: the layer's own, which enter fills in
   i64 bytes = 0;                      // that the call needs of it
   std::unique_lock<std::mutex> turn;  // held while the layer's own is in use
+  std::byte* kept = nullptr;          // of the workspace: routed plans', then that of the shared experts' plans
 };
 
 class Residence {
@@ -31,6 +32,7 @@ class Residence {
   virtual i64 packed_bytes() const = 0;
   virtual weights::ExpertTable routed() const = 0;
   virtual weights::ExpertTable shared() const = 0;
+  virtual bool one_table() const = 0;             // the shared expert is an entry of the routed ones' table, after them
   virtual const f32* selection_bias() const = 0;  // [experts]; null for none
 
   // Refuses pointers of another place, reports what an earlier call left behind, and finds the workspace. The layer's
@@ -42,7 +44,8 @@ class Residence {
   virtual void complete(Args* args) = 0;  // with what plans need of this place
   // Router logits [tokens, experts] f32 of a pass.
   virtual Status logits(const format::Tensor& hidden, void* stream, f32* logits) = 0;
-  // Every token's one pick is the shared expert 0; it weighs 1, or the sigmoid of its own gate. [tokens] each.
+  // Every token's one pick is the shared expert 0; it weighs 1, or the sigmoid of its own gate. [tokens] each; ids may
+  // be null.
   virtual Status pick_shared(const format::Tensor& hidden, void* stream, i32* ids, f32* weights) = 0;
 
   // Takes the weights that `layer` holds by now, of the same shapes, in place of those before. Throws Error.

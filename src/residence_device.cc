@@ -1,11 +1,13 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <new>
 
 #include "gpu/fault.h"
 #include "gpu/runtime.h"
+#include "kept.h"
 #include "residence.h"
 #include "route/shared.h"
 #include "weights/device_packed.h"
@@ -84,8 +86,12 @@ class DeviceResidence final : public Residence {
     new (fault_.data()) gpu::Fault;
     throw_unless_ok(gpu::Event::make(&own_workspace_done_));
     set_numbers();
-    packed_.emplace(plans.routed.most().problem, layer_.experts, *packing_of(plans.routed), device_, executor);
-    if (!layer_.shared) return;
+    kept_.emplace(plans.routed.kept_bytes() + plans.shared.kept_bytes());
+    one_table_ = layer_.shared && fits_table(plans);
+    packed_.emplace(plans.routed.most().problem, one_table_ ? all_experts() : layer_.experts, *packing_of(plans.routed),
+                    device_, executor);
+    if (one_table_) shared_table_ = weights::entries_from(packed_->table(), plans.routed.most().problem);
+    if (!layer_.shared || one_table_) return;
     packed_shared_.emplace(plans.shared.most().problem, std::span(&layer_.shared->expert, 1), *packing_of(plans.shared),
                            device_, executor);
   }
@@ -93,8 +99,9 @@ class DeviceResidence final : public Residence {
   i64 packed_bytes() const override { return packed_->bytes() + (packed_shared_ ? packed_shared_->bytes() : 0); }
   weights::ExpertTable routed() const override { return {layer_.experts, &packed_->table()}; }
   weights::ExpertTable shared() const override {
-    return {std::span(&layer_.shared->expert, 1), &packed_shared_->table()};
+    return {std::span(&layer_.shared->expert, 1), one_table_ ? &shared_table_ : &packed_shared_->table()};
   }
+  bool one_table() const override { return one_table_; }
   const f32* selection_bias() const override { return selection_bias_.get(); }
 
   Status enter(Visit* visit) override {
@@ -104,7 +111,8 @@ class DeviceResidence final : public Residence {
       return status;
     }
     if (visit->call.hidden.rows > most_tokens_) split_ = true;
-    return visit->workspace.data != nullptr ? Status{} : lend_workspace(visit);
+    Status status = visit->workspace.data != nullptr ? Status{} : lend_workspace(visit);
+    return status.ok() ? kept_->find(visit->workspace.data, visit->call.stream, &visit->kept) : status;
   }
 
   Status leave(Visit* visit) override {
@@ -125,7 +133,9 @@ class DeviceResidence final : public Residence {
   }
 
   Status pick_shared(const Tensor& hidden, void* stream, i32* ids, f32* weights) override {
-    if (Status status = gpu::fill(ids, 0, hidden.rows * 4, stream); !status.ok()) return status;
+    if (ids != nullptr) {
+      if (Status status = gpu::fill(ids, 0, hidden.rows * 4, stream); !status.ok()) return status;
+    }
     if constexpr (!gpu::kBuilt) return gpu::synchronise(stream);
     else return route::launch_shared_weights({hidden, shared_gate_.tensor(), nullptr, weights}, stream);
   }
@@ -134,11 +144,29 @@ class DeviceResidence final : public Residence {
     const gpu::Current current(device_);
     throw_unless_ok(current.status());
     set_numbers();
-    packed_->refit(layer_.experts, executor_);
+    packed_->refit(one_table_ ? all_experts() : layer_.experts, executor_);
     if (packed_shared_) packed_shared_->refit(std::span(&layer_.shared->expert, 1), executor_);
   }
 
  private:
+  // The shared expert has the shape of the routed ones, and a plan takes it for one of them.
+  bool fits_table(const Plans& plans) const {
+    const Problem& routed = plans.routed.most().problem;
+    const Problem& shared = plans.shared.most().problem;
+    return packing_of(plans.routed) == packing_of(plans.shared) && routed.inter == shared.inter &&
+           routed.encoding == shared.encoding && routed.precision == shared.precision &&
+           routed.activation == shared.activation &&
+           std::any_of(plans.routed.all().begin(), plans.routed.all().end(),
+                       [](const tune::Sized& size) { return size.plan.takes_shared(); });
+  }
+
+  // The routed experts, then the shared one.
+  std::vector<weights::Expert> all_experts() const {
+    std::vector<weights::Expert> all = layer_.experts;
+    all.push_back(layer_.shared->expert);
+    return all;
+  }
+
   void set_numbers() {
     router_.set("router", layer_.router);
     if (layer_.shared) shared_gate_.set("gate of the shared experts", layer_.shared->gate);
@@ -213,8 +241,11 @@ class DeviceResidence final : public Residence {
   DeviceMatrix shared_gate_;
   DeviceFloats router_bias_;
   DeviceFloats selection_bias_;
+  bool one_table_ = false;
+  weights::DeviceTable shared_table_;  // of one_table_: the last entry
   std::optional<weights::DevicePacked> packed_;
   std::optional<weights::DevicePacked> packed_shared_;
+  std::optional<Kept> kept_;
   std::mutex own_workspace_mutex_;
   gpu::Buffer own_workspace_;  // made at the first call that brings none; anew when Layer::choose made it too small
   gpu::Event own_workspace_done_;

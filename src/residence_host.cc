@@ -32,6 +32,7 @@ class HostResidence final : public Residence {
   }
   weights::ExpertTable routed() const override { return {layer_.experts}; }
   weights::ExpertTable shared() const override { return {std::span(&layer_.shared->expert, 1)}; }
+  bool one_table() const override { return false; }
   const f32* selection_bias() const override {
     return layer_.selection_bias.empty() ? nullptr : layer_.selection_bias.data();
   }
@@ -55,7 +56,7 @@ class HostResidence final : public Residence {
   }
 
   Status pick_shared(const format::Tensor& hidden, void*, i32* ids, f32* weights) override {
-    std::fill_n(ids, hidden.rows, 0);
+    if (ids != nullptr) std::fill_n(ids, hidden.rows, 0);
     std::fill_n(weights, hidden.rows, 1.0f);
     if (layer_.shared->gate.empty()) return {};
     route::logits(hidden, layer_.shared->gate, nullptr, executor_, weights);

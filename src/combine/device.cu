@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) sum_picks(const __gri
   const i64 token = blockIdx.x / parts;
   const i32 at = static_cast<i32>(blockIdx.x % parts * C::kThreads + threadIdx.x);
   const i32 quad = min(at, quads - 1);  // all lanes keep step
-  const float4 acc = sum_quad<C::kRows>(sum, token, quad);
-  if (at < quads) gpu::store_quad(sum.out.output.row(token), sum.out.output.dtype, quad, acc);
+  const gpu::Columns<4> acc = sum_columns<C::kRows, 4>(sum, token, quad);
+  if (at < quads) gpu::store_columns(sum.out.output.row(token), sum.out.output.dtype, quad, acc);
 }
 
 template <class C>

@@ -15,6 +15,7 @@ struct DeviceSum {
   const f32* weights = nullptr;    // [tokens, top_k]
   const f32* rows = nullptr;       // [slots, hidden] z of gemm2
   In addend;
+  const f32* addend_weights = nullptr;  // [tokens] that multiply the addend; null for 1
   Out out;
 };
 

@@ -1,4 +1,4 @@
-// sum: four columns of one token's output, in the order that combine.h fixes.
+// sum: some columns of one token's output, in the order that combine.h fixes.
 #pragma once
 
 #include "combine/device.h"
@@ -24,36 +24,45 @@ __device__ __forceinline__ Pick pick_of_lane(const DeviceSum& sum, i64 token) {
 }
 
 // Adds picks p .. p + kRows - 1 in order; each product and each sum rounded, as the host does.
-template <int kRows>
-__device__ __forceinline__ void add_picks(const float4* column, i64 quads, const Pick& lane_pick, i32 p, float4* acc) {
+template <int kRows, int kCount>
+__device__ __forceinline__ void add_picks(const gpu::Columns<kCount>* column, i64 stride, const Pick& lane_pick, i32 p,
+                                          gpu::Columns<kCount>* acc) {
   i32 slot[kRows];
-  float4 z[kRows];
+  gpu::Columns<kCount> z[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     slot[i] = __shfl_sync(kAll, lane_pick.slot, p + i);
-    if (slot[i] >= 0) z[i] = column[slot[i] * quads];
+    if (slot[i] >= 0) z[i] = column[slot[i] * stride];
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const f32 weight = __shfl_sync(kAll, lane_pick.weight, p + i);
     if (slot[i] < 0) continue;  // not even a zero: -0 + 0 is 0
-    acc->x = __fadd_rn(acc->x, __fmul_rn(weight, z[i].x));
-    acc->y = __fadd_rn(acc->y, __fmul_rn(weight, z[i].y));
-    acc->z = __fadd_rn(acc->z, __fmul_rn(weight, z[i].z));
-    acc->w = __fadd_rn(acc->w, __fmul_rn(weight, z[i].w));
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) acc->at[c] = __fadd_rn(acc->at[c], __fmul_rn(weight, z[i].at[c]));
   }
 }
 
-// Columns 4 * quad .. of a token. All lanes of a warp call it with the same token; kRows divides 32.
-template <int kRows = kBatch>
-__device__ __forceinline__ float4 sum_quad(const DeviceSum& sum, i64 token, i32 quad) {
-  const i64 quads = sum.hidden / 4;
+// kCount columns of a token from kCount * index on. All lanes of a warp call it with the same token; kRows, the picks
+// whose rows are in flight at once, divides 32.
+template <int kRows, int kCount>
+__device__ __forceinline__ gpu::Columns<kCount> sum_columns(const DeviceSum& sum, i64 token, i32 index) {
+  using Columns = gpu::Columns<kCount>;
+  const i64 stride = sum.hidden / kCount;
   const Pick pick = pick_of_lane(sum, token);
-  const float4* column = reinterpret_cast<const float4*>(sum.rows) + quad;
-  float4 acc = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (sum.addend.addend != nullptr) acc = reinterpret_cast<const float4*>(sum.addend.addend)[token * quads + quad];
-  for (i32 p = 0; p < sum.top_k; p += kRows) add_picks<kRows>(column, quads, pick, p, &acc);
-  if (__shfl_sync(kAll, pick.slot, 0) == route::kRefused) acc.x = acc.y = acc.z = acc.w = __uint_as_float(0x7fc00000u);
+  const Columns* column = reinterpret_cast<const Columns*>(sum.rows) + index;
+  Columns acc = {};
+  if (sum.addend.addend != nullptr) {
+    acc = reinterpret_cast<const Columns*>(sum.addend.addend)[token * stride + index];
+    const f32 weight = sum.addend_weights == nullptr ? 1.0f : sum.addend_weights[token];
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) acc.at[c] = __fmul_rn(weight, acc.at[c]);
+  }
+  for (i32 p = 0; p < sum.top_k; p += kRows) add_picks<kRows>(column, stride, pick, p, &acc);
+  if (__shfl_sync(kAll, pick.slot, 0) == route::kRefused) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) acc.at[c] = __uint_as_float(0x7fc00000u);
+  }
   return acc;
 }
 

@@ -1,5 +1,7 @@
 #include "gpu/fault.h"
 
+#include <fmt/format.h>
+
 #include "route/route.h"
 
 namespace fourmoe::gpu {
@@ -10,6 +12,11 @@ Status to_status(const Fault& fault) {
     case FaultKind::none: return {};
     case FaultKind::logits: return route::refuse_logits(token);
     case FaultKind::scale: return route::refuse_scale(token, fault_position(fault.first), fault_byte(fault.first));
+    case FaultKind::wait:
+      return refuse(Reason::device_failed,
+                    fmt::format("a tile of gemm2 gave up its wait for gemm1 of local expert {}, of which {} row tiles "
+                                "were there; the call's output is not valid",
+                                fault_position(fault.first), fault_byte(fault.first)));
     case FaultKind::id: break;
   }
   if (fault.settled != fault.first) return refuse(Reason::internal, "a fault was read before its stream was done");

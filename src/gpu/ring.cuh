@@ -10,20 +10,12 @@
 
 namespace fourmoe::gpu {
 
-inline constexpr i64 kWaitCycles = 4'000'000'000;  // about 2 s; a whole layer takes milliseconds
+inline constexpr i64 kWaitCycles = 80'000'000'000;  // about 40 s: twice what a queue's wait may take (gpu/queue.h)
 
 __device__ __forceinline__ void wait(u64* barrier, u32 parity) {
   if (isa::barrier_try(barrier, parity)) return;
   const i64 begin = clock64();
   while (!isa::barrier_try(barrier, parity)) {
-    if (clock64() - begin > kWaitCycles) __trap();
-  }
-}
-
-// Until a counter in global memory that others raise has reached `count`; what they did before is visible then.
-__device__ __forceinline__ void wait_for_count(const i32* counter, i32 count) {
-  const i64 begin = clock64();
-  while (isa::load_acquire(counter) < count) {
     if (clock64() - begin > kWaitCycles) __trap();
   }
 }

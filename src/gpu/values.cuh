@@ -60,15 +60,28 @@ __device__ __forceinline__ uint4 octet_bf16(const f32 (&x)[8]) {
   return {pair_bf16(x[0], x[1]), pair_bf16(x[2], x[3]), pair_bf16(x[4], x[5]), pair_bf16(x[6], x[7])};
 }
 
-// Four values at column 4 * quad.
-__device__ __forceinline__ void store_quad(void* row, format::Dtype dtype, i64 quad, const float4& x) {
+// Neighbouring columns of a row of f32, moved at once.
+template <int kCount>
+struct alignas(4 * kCount) Columns {
+  f32 at[kCount];
+};
+
+// At column kCount * index.
+template <int kCount>
+__device__ __forceinline__ void store_columns(void* row, format::Dtype dtype, i64 index, const Columns<kCount>& x) {
+  struct alignas(2 * kCount) Pairs {
+    u32 at[kCount / 2];
+  } pairs;
   if (dtype == format::Dtype::f32) {
-    static_cast<float4*>(row)[quad] = x;
-  } else if (dtype == format::Dtype::f16) {
-    static_cast<uint2*>(row)[quad] = {pair_f16(x.x, x.y), pair_f16(x.z, x.w)};
-  } else {
-    static_cast<uint2*>(row)[quad] = {pair_bf16(x.x, x.y), pair_bf16(x.z, x.w)};
+    static_cast<Columns<kCount>*>(row)[index] = x;
+    return;
   }
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    pairs.at[i] =
+        dtype == format::Dtype::f16 ? pair_f16(x.at[2 * i], x.at[2 * i + 1]) : pair_bf16(x.at[2 * i], x.at[2 * i + 1]);
+  }
+  static_cast<Pairs*>(row)[index] = pairs;
 }
 
 // E2M1 by code: with the exponent field of an f32 the magnitude's bits are short by 2^126, subnormal 0.5 included.

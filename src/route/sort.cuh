@@ -40,11 +40,6 @@ __device__ __forceinline__ Sorting sorting(const DeviceSlots& a, Span chunk, i32
   return {chunk, min(enough, most_warps), ids, sums, begin, begin + a.problem.local_experts};
 }
 
-__device__ __forceinline__ i32 local_of(const DeviceSlots& a, i32 id) {
-  const i32 local = id - a.problem.first_expert;
-  return id < 0 || local < 0 || local >= a.problem.local_experts ? -1 : local;
-}
-
 __device__ __forceinline__ Span warp_share(const Sorting& s) {
   const i32 picks = s.chunk.end - s.chunk.begin;
   const i32 share = ((picks + s.warps - 1) / s.warps + 31) / 32 * 32;

@@ -65,6 +65,12 @@ __device__ __forceinline__ f32 weigh(const Routing& routing, f64 score, i32 top_
   return static_cast<f32>(score * factor);
 }
 
+// The local expert of an id; -1 for none.
+__device__ __forceinline__ i32 local_of(const DeviceSlots& a, i32 id) {
+  const i32 local = id - a.problem.first_expert;
+  return id < 0 || local < 0 || local >= a.problem.local_experts ? -1 : local;
+}
+
 // What lane p of a team's first warp has of pick p.
 struct Pick {
   i32 id = -1;

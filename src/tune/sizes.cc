@@ -100,6 +100,12 @@ i64 Sizes::workspace_bytes() const {
   return most;
 }
 
+i64 Sizes::kept_bytes() const {
+  i64 most = 0;
+  for (const Sized& size : sizes_) most = std::max(most, size.plan.kept_bytes);
+  return most;
+}
+
 Status Sizes::choose(i64 tokens, const plan::Choice& choice) {
   Sized& size = sizes_[index_of(tokens)];
   plan::Request request = request_;

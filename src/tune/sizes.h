@@ -49,6 +49,7 @@ class Sizes {
   const plan::Plan& most() const { return sizes_.back().plan; }
   const Sized& at(i64 tokens) const;  // tokens <= max_tokens
   i64 workspace_bytes() const;        // the most of all
+  i64 kept_bytes() const;             // likewise: plans of one problem keep the same
 
   // Calls of the bucket of so many tokens follow the choice from now on; empty: the rule. Refuses what plan::make does.
   Status choose(i64 tokens, const plan::Choice& choice);

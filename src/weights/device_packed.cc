@@ -39,6 +39,20 @@ void scan_on_device(const Rows& rows, i32 count, i32 cols, FoundExponents* found
 
 }  // namespace
 
+DeviceTable entries_from(const DeviceTable& table, const Problem& problem) {
+  const i64 experts = problem.local_experts;
+  const auto skip = [](auto* first, i64 count) { return first == nullptr ? nullptr : first + count; };
+  return {skip(table.gemm1, experts),
+          skip(table.gemm2, experts),
+          skip(table.gemm1_globals, 2 * experts),
+          skip(table.gemm2_globals, experts),
+          skip(table.gate_bias, experts * problem.inter),
+          skip(table.up_bias, experts * problem.inter),
+          skip(table.down_bias, experts * problem.hidden),
+          skip(table.input_scale, experts),
+          skip(table.inter_scale, experts)};
+}
+
 i64 DevicePacked::blob_bytes(i32 rows, i32 cols, bool gated) const {
   const i32 band = packing_.band_rows(gated);
   return (rows + band - 1) / band * packing_.band_bytes(encoding_, cols);

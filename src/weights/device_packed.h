@@ -46,6 +46,9 @@ struct Packing {
   Status (*pack)(const Piece&, gpu::Stream);      // enqueues
 };
 
+// The table without the problem's local experts: what is packed after them.
+DeviceTable entries_from(const DeviceTable& table, const Problem& problem);
+
 // Owner of a layer's blobs and of its DeviceTable.
 class DevicePacked {
  public:

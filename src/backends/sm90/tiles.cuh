@@ -74,7 +74,7 @@ __device__ int row_blocks(const Operands& operands) {
 //   const std::byte* blob(S&, tile)        its expert's weights
 //   const CUtensorMap& tokens(int width)   its tokens, in boxes of size(width) rows
 //   int first_row(tile)                    of the tile's box
-//   void wait(tile)                        until the tile's tokens are there; one warp
+//   void wait(S&, tile)                    until the tile's tokens are there; one warp
 //   bool early()                           roles start before this launch's input is there, and wait for it themselves
 //   void prepare(S&)                       all threads, before the roles
 //   void schedule(S&)                      the scheduling warp
@@ -107,7 +107,7 @@ __device__ void load_weights(Block<T, typename Job::Memory>& shared, const Job& 
 
 // One warp: tokens into the ring, a lane a K step.
 template <class T, class Job>
-__device__ void load_tokens(Shared<T>& shared, const Job& job) {
+__device__ void load_tokens(Block<T, typename Job::Memory>& shared, const Job& job) {
   const int lane = threadIdx.x % 32;
   gpu::Reader<T::kFeed> reader(shared.feed);
   gpu::Cursor<T::kStages> cursor;
@@ -115,7 +115,7 @@ __device__ void load_tokens(Shared<T>& shared, const Job& job) {
   for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
     const Operands& operands = job.operands(tile.width);
     const u32 bytes = T::kPlanes * T::size(tile.width) * 128;
-    job.wait(tile);
+    job.wait(shared, tile);
     for (int step = 0; step < operands.steps; step += T::kDepth, cursor.advance()) {
       const int depth = min(T::kDepth, operands.steps - step);
       u64* full = &shared.ring.full[cursor.stage];
@@ -351,12 +351,15 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
     if constexpr (T::kHanded == 0) gpu::isa::registers_take<T::kConsumerRegisters>();
     consume(shared, job, std::make_integer_sequence<int, T::kWidths>());
   } else if (warp < kConsumers + 4) {
-    if constexpr (T::kHanded == 0) gpu::isa::registers_give<T::kLoaderRegisters>();
+    gpu::isa::registers_give<T::kLoaderRegisters>();
     if (warp == kConsumers) load_weights<T>(shared, job);
-    if (warp == kConsumers + 1) load_tokens<T>(shared, job);
-    if (warp == kConsumers + 2) job.schedule(shared);
+    else if (warp == kConsumers + 1) load_tokens<T>(shared, job);
+    else if (warp == kConsumers + 2) job.schedule(shared);
   } else {
-    if constexpr (T::kHanded > 0) job.finish(shared);
+    if constexpr (T::kHanded > 0) {
+      gpu::isa::registers_take<T::kFinisherRegisters>();
+      job.finish(shared);
+    }
   }
 }
 
@@ -379,7 +382,7 @@ struct Product {
   __device__ const CUtensorMap& tokens(int width) const { return maps[width]; }
   __device__ int first_row(const gpu::Tile& tile) const { return tile.slot; }
   __device__ bool early() const { return tokens_late; }
-  __device__ void wait(const gpu::Tile&) const {}
+  __device__ void wait(Block<T, Counts>&, const gpu::Tile&) const {}
   __device__ const std::byte* blob(const Block<T, Counts>&, const gpu::Tile& tile) const {
     return weights.blobs[tile.expert];
   }

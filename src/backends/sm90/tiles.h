@@ -66,7 +66,7 @@ struct TileShape {
 };
 
 // Of the kernels' speed, see Step::revision: raise it when tiles or roles change.
-inline constexpr i32 kRevision = 2;
+inline constexpr i32 kRevision = 3;
 
 // The shapes that are built; choose() and the benchmark name them by index.
 inline constexpr TileShape kTileShapes[] = {
@@ -142,9 +142,11 @@ struct Tiles {
   // An even share of the 65536 registers would be too few for the consumers and too many for the loader. What one gives
   // up is all that the others can take: setmaxnreg waits for ever for registers that the launch did not allot.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kLoaderRegisters = kGroups == 4 ? 32 : 40;
+  static constexpr int kLoaderRegisters = kHanded > 0 ? 48 : kGroups == 4 ? 32 : 40;
   static constexpr int kConsumerRegisters = (kLaunchRegisters * kThreads / 128 - kLoaderRegisters) / kGroups / 8 * 8;
   static_assert(kConsumerRegisters <= 232);
+  // With an epilogue's warpgroup, consumers keep their share and it takes what the loader gives up.
+  static constexpr int kFinisherRegisters = 2 * kLaunchRegisters - kLoaderRegisters;
 
   // The N of number `width`.
   FOURMOE_HD static constexpr int size(int width) {

@@ -34,33 +34,36 @@ Verdict can_whole(const Problem& problem, const Machine& machine) {
   return accept();
 }
 
-i64 carve(const Problem& problem, std::byte* memory, Work* work) {
+i64 kept(const Problem& problem, const Machine& machine) {
+  return 4 * i64{queue_shape(problem, device_of(machine)->sms).words()};
+}
+
+i64 carve(const Problem& problem, const Machine& machine, std::byte* memory, Work* work) {
   const i64 most = most_hits(problem);
   Carver carver(memory);
-  work->hits = carver.take<i32>(1);
-  work->tickets = carver.take<i32>(1);
-  work->list = carver.take<Hit>(most);
-  work->ready = carver.take<i32>(most);
-  work->done = carver.take<i32>(row_tiles(problem.hidden));
+  work->queue = reinterpret_cast<i32*>(carver.take<std::byte>(kept(problem, machine)));
   work->rows = carver.take<u16>(i64{kFewTokens} * problem.hidden);
   work->y = carver.take<u16>(most * kFewTokens * problem.inter);
   work->z = carver.take<f32>(most * kFewTokens * problem.hidden);
   return carver.used();
 }
 
-i64 bytes(const Problem& problem, const Machine&) {
+i64 bytes(const Problem& problem, const Machine& machine) {
   Work unused;
-  return carve(problem, nullptr, &unused);
+  return carve(problem, machine, nullptr, &unused);
 }
 
 std::vector<Variant> variants_of(const Problem& problem, const Machine& machine, i64 tokens) {
   return whole_variants(load_of(problem, tokens), device_of(machine)->sms);
 }
 
-[[maybe_unused]] Whole bind(const Args& args, std::byte* scratch, i32 variant) {
+[[maybe_unused]] Whole bind(const Bound& bound) {
+  const Args& args = *bound.args;
   Whole call;
-  call.tile = variant;
-  carve(*args.problem, scratch, &call.work);
+  call.tile = bound.variant;
+  carve(*args.problem, *args.machine, bound.scratch, &call.work);
+  call.clears = bound.kept == nullptr;
+  if (!call.clears) call.work.queue = reinterpret_cast<i32*>(bound.kept);
   call.slots.problem = *args.problem;
   call.slots.tokens = args.tokens;
   call.slots.in = args.picks;
@@ -68,22 +71,19 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
   call.slots.fault = args.fault;
   call.hidden = args.hidden;
   call.table = args.weights.device;
+  call.shared = args.shared.asked;
   call.sum.tokens = args.tokens;
   call.sum.hidden = args.problem->hidden;
   call.sum.top_k = args.problem->top_k;
-  call.sum.pick_slot = args.slots.pick_slot;
-  call.sum.weights = args.slots.weights;
-  call.sum.rows = call.work.z;
   call.sum.addend = args.addend;
+  call.sum.addend_weights = args.shared.weights;
   call.sum.out = args.output;
   return call;
 }
 
 Status run(const Bound& bound) {
   if constexpr (!gpu::kBuilt) return gpu::check_launch("sm90 whole");
-  else
-    return launch(bind(*bound.args, bound.scratch, bound.variant), device_of(*bound.args->machine)->sms,
-                  bound.args->stream);
+  else return launch(bind(bound), device_of(*bound.args->machine)->sms, bound.args->stream);
 }
 
 }  // namespace
@@ -92,12 +92,17 @@ Load load_of(const Problem& problem, i64 tokens) {
   return {row_tiles(problem.hidden), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant, false};
 }
 
-i32 most_hits(const Problem& problem) { return std::min(problem.local_experts, kFewTokens * problem.top_k); }
+i32 most_hits(const Problem& problem) { return std::min(problem.local_experts, kFewTokens * problem.top_k) + 1; }
+
+gpu::QueueShape queue_shape(const Problem& problem, i32 multiprocessors) {
+  return {multiprocessors, most_hits(problem), row_tiles(problem.hidden)};
+}
 
 extern const Step kWhole;
 const Step kWhole = {"sm90",    "whole",     {Stage::route, Stage::combine},
                      can_whole, bytes,       run,
                      describe,  nullptr,     Place::device,
-                     &kPacking, variants_of, kRevision};
+                     &kPacking, variants_of, kRevision,
+                     kept,      true};
 
 }  // namespace fourmoe::sm90

@@ -6,10 +6,18 @@
 #include "backends/sm90/whole.h"
 #include "combine/sum.cuh"
 #include "gpu/isa/order.cuh"
+#include "route/pick.cuh"
 
 namespace fourmoe::sm90 {
 
-// Columns are tokens: those that picked the expert are in use.
+// An expert that some token takes.
+struct Hit {
+  const std::byte* blobs[2];  // its packed weights of gemm1 and gemm2
+  i32 expert;                 // entry of the table
+  u32 tokens;                 // bit t: token t takes it
+};
+
+// Columns are tokens: those that take the expert are in use.
 struct HitPlace {
   int expert;
   int row_tile;
@@ -19,102 +27,219 @@ struct HitPlace {
   __device__ bool uses(int column) const { return (tokens >> column & 1) != 0; }
 };
 
-inline constexpr int kMostRowTiles = 8;  // of a tile
+inline constexpr int kMostRowTiles = 8;                     // of a tile
+inline constexpr int kExpertWords = gpu::kMaxExperts / 32;  // a lane each
+static_assert(kExpertWords == 32);
 
-// What the job keeps of the call.
-struct Hits {
-  u64 arrived;  // barrier: the list is here
-  i32 count;
-  i32 last[kMostRowTiles];  // what row tiles' counters were before this block's report
-  Hit list[kMostHits];
+// What a block knows of the call.
+struct Found {
+  u64 table;  // barrier: so is the table of blobs
+  u64 ready;  // barrier: and the list
+  i32 set;    // of the queue
+  i32 hits;
+  bool refused;               // a token
+  bool late;                  // a wait was given up: what follows is not a number
+  bool last[kMostRowTiles];   // this block's report was the last of the row tile's columns
+  u32 experts[kExpertWords];  // bit e: local expert e is hit
+  Hit list[kMostHits];        // the shared expert, then the experts hit, ascending
+  i32 row[kFewTokens * 32];   // of z, of each pick; negative for none
+  f32 weight[kFewTokens * 32];
 };
 
 template <class T>
 struct Layer {
   static_assert(T::kRowTiles <= kMostRowTiles);
-  using Memory = Hits;
-  using S = Block<T, Hits>;
+  // find_hits(): the table, and four teams of as many experts and groups as there can be.
+  static_assert(T::kStages * sizeof(typename T::Stage) >=
+                16 * (gpu::kMaxExperts + 1) + 4 * 8 * (3 * gpu::kMaxExperts + 8));
+  using Memory = Found;
+  using S = Block<T, Found>;
+  using Queue = gpu::Queue<gpu::isa::Atomic>;
   CUtensorMap maps[2];  // the tokens; y
   Operands gemms[2];
   Activate<1> activate;
   Project project;
-  Work work;
-  i32 most;  // hits in the list
+  route::DeviceSlots slots;
+  i32 team_warps;  // that pick for a token
+  bool shared_expert;
+  Queue queue;
+  i64 wait_cycles;
   combine::DeviceSum sum;
 
   __device__ const Operands& operands(int width) const { return gemms[width]; }
   __device__ const CUtensorMap& tokens(int width) const { return maps[width]; }
   __device__ int first_row(const gpu::Tile& tile) const { return tile.width == 0 ? 0 : tile.slot; }
-  __device__ bool early() const { return true; }  // only roles that read what the call's first launch wrote wait for it
+  __device__ bool early() const { return true; }
   __device__ const std::byte* blob(const S& shared, const gpu::Tile& tile) const {
     return shared.job.list[tile.slot / kFewTokens].blobs[tile.width];
   }
+
+  // What the call does not change, and zeros.
   __device__ void prepare(S& shared) const {
-    if (threadIdx.x == 0) gpu::isa::barrier_init(&shared.job.arrived, 1), gpu::isa::barrier_fence_init();
+    Found& found = shared.job;
+    for (int w = threadIdx.x; w < kExpertWords; w += T::kThreads) found.experts[w] = 0;
+    for (int hit = threadIdx.x; hit < kMostHits; hit += T::kThreads) found.list[hit].tokens = 0;
+    if (threadIdx.x == 0) {
+      found.refused = found.late = false;
+      gpu::isa::barrier_init(&found.ready, 1);
+      gpu::isa::barrier_init(&found.table, 1);
+      gpu::isa::barrier_fence_init();
+      fetch_table(shared);
+    }
+    if (threadIdx.x == 32) gpu::isa::prefetch_map(&maps[0]), gpu::isa::prefetch_map(&maps[1]);
   }
 
-  // Tiles are taken one at a time, so that a block that comes late takes fewer and none waits for one that has not
-  // come.
+  // Tiles are taken one at a time: whoever comes late takes fewer.
   __device__ void schedule(S& shared) const {
+    Found& found = shared.job;
     gpu::Writer<T::kFeed> writer(shared.feed);
-    gpu::isa::wait_for_earlier();
-    int i = first_ticket(shared);
-    const int hits = shared.job.count, blocks[2] = {row_blocks<T>(gemms[0]), row_blocks<T>(gemms[1])};
-    for (; i < hits * (blocks[0] + blocks[1]); i = ticket(writer)) {
-      const int width = i < hits * blocks[0] ? 0 : 1;
-      const int within = width == 0 ? i : i - hits * blocks[0];
-      const int hit = within / blocks[width];
-      const Hit& of = shared.job.list[hit];
+    int i = arrive(found);
+    gpu::wait(&found.ready, 0);
+    const int blocks1 = row_blocks<T>(gemms[0]), blocks2 = row_blocks<T>(gemms[1]);
+    const int first = found.hits * blocks1, all = first + found.hits * blocks2;
+    for (; i < all; i = ticket(found.set, writer)) {
+      const int width = i < first ? 0 : 1, blocks = width == 0 ? blocks1 : blocks2;
+      const int within = width == 0 ? i : i - first;
+      const int hit = within / blocks;
+      const Hit& of = found.list[hit];
       writer.put(0, [&] {
-        return gpu::Tile{width, of.expert, within % blocks[width], hit * kFewTokens, static_cast<i32>(of.tokens)};
+        return gpu::Tile{width, of.expert, within % blocks, hit * kFewTokens, static_cast<i32>(of.tokens)};
       });
     }
     writer.put(0, [] { return gpu::Tile{T::kWidths, 0, 0, 0, 0}; });
   }
 
-  // One warp: a tile of gemm2 needs all of its hit's tiles of gemm1.
-  __device__ void wait(const gpu::Tile& tile) const {
+  // One warp: a tile of gemm2 needs all of its hit's tiles of gemm1. A wait that is given up is a fault; the tile, and
+  // those after it, go on without their tokens, so that nobody waits for them, and are not numbers.
+  __device__ void wait(S& shared, const gpu::Tile& tile) const {
     if (tile.width == 1) {
-      gpu::wait_for_count(&work.ready[tile.slot / kFewTokens], gemms[0].row_tiles);
+      const i64 begin = clock64();
+      const int hit = tile.slot / kFewTokens;
+      i32 rows = 0;
+      while ((rows = queue.rows(shared.job.set, hit)) < gemms[0].row_tiles && !shared.job.late) {
+        if (clock64() - begin > wait_cycles) give_up(shared.job, tile.expert, rows);
+      }
       gpu::isa::fence_copy_engine();
     }
     __syncwarp();
   }
 
-  // The epilogue's warpgroup: every tile's sums, and of the columns that this block was the last to bring, the output.
+  // The epilogue's warpgroup: the picks, then every tile's sums, and of the columns that this block was the last to
+  // bring, the output.
   __device__ void finish(S& shared) const {
+    find_hits(shared);
     gpu::Reader<T::kFeed> reader(shared.feed);
-    gpu::isa::wait_for_earlier();
     int turn = 0;
     for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next(), ++turn) {
       if (tile.width == 0) finish_tile<0>(shared, turn, tile);
       else finish_tile<1>(shared, turn, tile);
     }
-    if (shared.job.count > 0) return;  // without a hit nobody has written the output
-    for (int row_tile = blockIdx.x; row_tile < gemms[1].row_tiles; row_tile += gridDim.x) add_up(row_tile);
+    if (shared.job.hits > 0) return;  // without a hit nobody has written the output
+    for (int row_tile = blockIdx.x; row_tile < gemms[1].row_tiles; row_tile += gridDim.x) add_up(shared, row_tile);
   }
 
  private:
-  // And the list, which comes meanwhile.
-  __device__ int first_ticket(S& shared) const {
-    int taken = 0;
+  // Memory of the ring, before weights come: [2, table_bytes()] blobs of each GEMM, then the teams'.
+  __device__ std::byte* table_of(S& shared) const { return reinterpret_cast<std::byte*>(shared.stages); }
+  __device__ int table_bytes() const { return (gemms[0].experts * 8 + 15) / 16 * 16; }  // as the copy engine counts
+
+  // The table's arrays begin at cache lines and are followed by others, so the last copy may end in what is not its.
+  __device__ void fetch_table(S& shared) const {
+    const u32 bytes = table_bytes();
+    gpu::isa::barrier_expect(&shared.job.table, 2 * bytes);
+    gpu::isa::bulk_load(table_of(shared), gemms[0].blobs, bytes, &shared.job.table);
+    gpu::isa::bulk_load(table_of(shared) + bytes, gemms[1].blobs, bytes, &shared.job.table);
+  }
+
+  // The number of the block's first tile.
+  __device__ int arrive(Found& found) const {
+    gpu::isa::wait_for_earlier();
+    int set = 0, first = 0;
     if (threadIdx.x % 32 == 0) {
-      const u32 bytes = most * sizeof(Hit);
-      gpu::isa::barrier_expect(&shared.job.arrived, bytes);
-      gpu::isa::bulk_load(shared.job.list, work.list, bytes, &shared.job.arrived);
-      taken = atomicAdd(work.tickets, 1);
-      shared.job.count = *work.hits;
+      set = queue.arrive();
+      first = queue.take(set);
+      found.set = set;
     }
-    __syncwarp();
-    gpu::wait(&shared.job.arrived, 0);
+    queue.clear_other(gpu::isa::uniform(set), blockIdx.x * 32 + threadIdx.x % 32, gridDim.x * 32);
+    return gpu::isa::uniform(first);
+  }
+
+  // The warpgroup: picks of every token, and of them the list of hits. Every block finds the same, so none waits for
+  // another.
+  __device__ __forceinline__ void find_hits(S& shared) const {
+    Found& found = shared.job;
+    const int warp = gpu::isa::uniform(threadIdx.x % 128 / 32), teams = 4 / team_warps;
+    gpu::isa::wait_for_earlier();
+    for (int first = 0; first < slots.tokens; first += teams) {
+      const int index = warp / team_warps, token = first + index;
+      route::Team team{token < slots.tokens ? token : -1, warp % team_warps, team_warps, threadIdx.x % 32};
+      route::place_team(slots.problem, reinterpret_cast<u64*>(table_of(shared) + 2 * table_bytes()), index, &team);
+      const route::Pick pick = route::pick_token(slots, team, [] { gpu::isa::sync_some(1, 128); });
+      if (route::has_pick(slots, team)) note_pick(found, team, pick);
+      if (team_warps > 1) gpu::isa::sync_some(1, 128);  // a team's memory is the next one's
+    }
+    gpu::isa::sync_some(1, 128);
+    gpu::wait(&found.table, 0);
+    for (int token = warp; token < slots.tokens; token += 4) list_hits(shared, token);
+    if (blockIdx.x == 0 && found.refused && threadIdx.x % 128 == 0) route::settle_fault(slots);
+    gpu::isa::fence_async_proxy();
+    gpu::isa::sync_some(1, 128);
+    if (threadIdx.x % 128 == 0) gpu::isa::barrier_arrive(&found.ready);
+  }
+
+  __device__ void note_pick(Found& found, const route::Team& team, const route::Pick& pick) const {
+    const i64 index = route::pick_index(slots, team);
+    const i32 expert = route::local_of(slots, pick.id);
+    found.row[index] = pick.id == route::kRefused ? route::kRefused : expert;
+    found.weight[index] = pick.weight;
+    if (expert >= 0) atomicOr(&found.experts[expert / 32], 1u << expert % 32);
+    if (pick.id == route::kRefused) found.refused = true;
+    if (blockIdx.x == 0) route::write_pick(slots, team, pick);
+  }
+
+  // A warp, a lane a pick: its hit, whose number is how many experts below are hit, and its row.
+  __device__ void list_hits(S& shared, int token) const {
+    Found& found = shared.job;
+    const int lane = threadIdx.x % 32, first = shared_expert ? 1 : 0, index = token * slots.problem.top_k + lane;
+    const u32 word = found.experts[lane];
+    int end = __popc(word);  // inclusive sum over words
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below = __shfl_up_sync(~0u, end, distance);
+      if (lane >= distance) end += below;
+    }
+    const int expert = lane < slots.problem.top_k ? found.row[index] : -1, own = max(expert, 0);
+    const int before = __shfl_sync(~0u, end - __popc(word), own / 32);
+    const u32 here = __shfl_sync(~0u, word, own / 32);
+    const int hit = first + before + __popc(here & ((1u << own % 32) - 1u));
+    if (expert >= 0) {
+      add_hit(shared, hit, expert, 1u << token);
+      found.row[index] = hit * kFewTokens + token;
+    }
+    if (token > 0) return;
+    if (shared_expert && lane == 0) add_hit(shared, 0, slots.problem.local_experts, (1u << slots.tokens) - 1u);
+    if (lane == 31) found.hits = first + end;
+  }
+
+  __device__ void add_hit(S& shared, int hit, int expert, u32 tokens) const {
+    Hit& of = shared.job.list[hit];
+    for (int gemm = 0; gemm < 2; ++gemm) {
+      of.blobs[gemm] = reinterpret_cast<const std::byte* const*>(table_of(shared) + gemm * table_bytes())[expert];
+    }
+    of.expert = expert;
+    atomicOr(&of.tokens, tokens);
+  }
+
+  __device__ int ticket(int set, gpu::Writer<T::kFeed>& writer) const {
+    writer.wait_for_room();
+    int taken = 0;
+    if (threadIdx.x % 32 == 0) taken = queue.take(set);
     return gpu::isa::uniform(taken);
   }
 
-  __device__ int ticket(gpu::Writer<T::kFeed>& writer) const {
-    writer.wait_for_room();
-    int taken = 0;
-    if (threadIdx.x % 32 == 0) taken = atomicAdd(work.tickets, 1);
-    return gpu::isa::uniform(taken);
+  __device__ void give_up(Found& found, int expert, i32 rows) const {
+    const u64 key = gpu::fault_key(gpu::FaultKind::wait, 0, expert, static_cast<u8>(min(max(rows, 0), 255)));
+    atomicMin(reinterpret_cast<unsigned long long*>(&slots.fault->first), key);
+    found.late = true;
   }
 
   template <int kWidth>
@@ -126,42 +251,48 @@ struct Layer {
       f32 d[4];
       take_over(shared, turn, r, d);
       const HitPlace place{tile.expert, first + r, tile.slot, static_cast<u32>(tile.slots)};
-      if constexpr (kWidth == 0) activate.template store<kFewTokens>(place, d);
-      else project.template store<kFewTokens>(place, d);
+      if constexpr (kWidth == 0) {
+        activate.template store<kFewTokens>(place, d);
+      } else {
+        if (shared.job.late) d[0] = d[1] = d[2] = d[3] = __uint_as_float(0x7fc00000u);
+        project.template store<kFewTokens>(place, d);
+      }
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.handed.ring.empty[turn % T::kHanded]);
-    if constexpr (kWidth == 0) report(tile.slot / kFewTokens, rows);
+    if constexpr (kWidth == 0) report(shared.job, tile.slot / kFewTokens, rows);
     else report_columns(shared, first, rows);
   }
 
   // The warpgroup has stored `rows` row tiles of a hit's y.
-  __device__ void report(int hit, int rows) const {
+  __device__ void report(const Found& found, int hit, int rows) const {
     gpu::isa::fence_copy_engine();
     gpu::isa::sync_some(1, 128);
-    if (threadIdx.x % 128 == 0) gpu::isa::add_release(&work.ready[hit], rows);
+    if (threadIdx.x % 128 == 0) queue.report_rows(found.set, hit, rows);
   }
 
   // The warpgroup has stored a hit's row tiles of z: those that no other hit is missing are added up.
   __device__ void report_columns(S& shared, int first, int rows) const {
+    Found& found = shared.job;
     const int thread = threadIdx.x % 128;
     gpu::isa::sync_some(1, 128);
-    if (thread < rows) shared.job.last[thread] = gpu::isa::add_release(&work.done[first + thread], 1);
+    if (thread < rows) found.last[thread] = queue.report_columns(found.set, first + thread, found.hits);
     gpu::isa::sync_some(1, 128);
     for (int r = 0; r < rows; ++r) {
-      if (shared.job.last[r] == shared.job.count - 1) add_up(first + r);
+      if (found.last[r]) add_up(shared, first + r);
     }
   }
 
   // The warpgroup: 64 columns of the output, a warp a token.
-  __device__ void add_up(int row_tile) const {
-    const int quad = row_tile * 16 + threadIdx.x % 16;
-    const int last = sum.hidden / 4 - 1;
-    for (int token = threadIdx.x % 128 / 32; token < sum.tokens; token += 4) {
-      const float4 columns = combine::sum_quad(sum, token, min(quad, last));
-      if (quad <= last && threadIdx.x % 32 < 16) {
-        gpu::store_quad(sum.out.output.row(token), sum.out.output.dtype, quad, columns);
-      }
+  __device__ void add_up(const S& shared, int row_tile) const {
+    combine::DeviceSum of = sum;
+    of.pick_slot = shared.job.row;
+    of.weights = shared.job.weight;
+    const int pair = row_tile * 32 + threadIdx.x % 32;
+    const int last = of.hidden / 2 - 1;
+    for (int token = threadIdx.x % 128 / 32; token < of.tokens; token += 4) {
+      const gpu::Columns<2> columns = combine::sum_columns<8, 2>(of, token, min(pair, last));
+      if (pair <= last) gpu::store_columns(of.out.output.row(token), of.out.output.dtype, pair, columns);
     }
   }
 };

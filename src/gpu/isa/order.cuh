@@ -18,6 +18,16 @@ __device__ __forceinline__ i32 load_acquire(const i32* counter) {
   return value;
 }
 
+// How a queue (gpu/queue.h) reaches its counters.
+struct Atomic {
+  static __device__ __forceinline__ i32 add(i32* counter, i32 value) { return atomicAdd(counter, value); }
+  static __device__ __forceinline__ i32 add_release(i32* counter, i32 value) {
+    return isa::add_release(counter, value);
+  }
+  static __device__ __forceinline__ i32 load_acquire(const i32* counter) { return isa::load_acquire(counter); }
+  static __device__ __forceinline__ void store(i32* counter, i32 value) { *counter = value; }
+};
+
 // Orders ordinary accesses to global memory and those of the copy engine, in either direction.
 __device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 

@@ -1,0 +1,331 @@
+// The one launch for few tokens beside the split steps: the same bits for every form of routing, with and without a
+// shared expert; workspaces in any number; and a wait that is given up.
+#include "backends/sm90/whole.h"
+
+#include <cmath>
+#include <random>
+
+#include "case.h"
+#include "gpu/fault.h"
+#include "gpu/hopper.h"
+#include "gpu/memory.h"
+#include "mirror.h"
+#include "weights/device_packed.h"
+
+namespace fourmoe {
+namespace {
+
+using cases::Spec;
+using format::Dtype;
+using testing::DeviceVector;
+
+const plan::Choice kSplit = {"device.route", "sm90.gemm1", "sm90.gemm2", "device.combine"};
+const plan::Choice kWhole = {"sm90.whole"};
+
+// With sums in one order, so that plans can be compared bit by bit.
+LayerOptions options() {
+  LayerOptions how;
+  how.device = 0;
+  how.max_tokens = 8;
+  how.batch_invariant = true;
+  how.tuning = "";
+  return how;
+}
+
+// Logits of a call, with ties and infinities.
+std::vector<f32> random_logits(const Problem& p, i32 tokens, u64 seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<f32> normal(0.0f, 2.0f);
+  std::vector<f32> logits(i64{tokens} * p.experts);
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    logits[i] = i > 8 && random() % 8 == 0 ? logits[i - 1 - random() % 8] : normal(random);
+    if (random() % 64 == 0) logits[i] = -INFINITY;
+  }
+  for (i32 t = 0; t < tokens; ++t) logits[i64{t} * p.experts] = 1.0f;  // never all -infinity
+  return logits;
+}
+
+// All that a call gives.
+struct Result {
+  Status status;
+  std::vector<u8> output;
+  std::vector<i32> ids;
+  std::vector<f32> weights;
+
+  bool operator==(const Result& other) const {
+    return output == other.output && ids == other.ids && weights == other.weights &&
+           status.detail == other.status.detail;
+  }
+};
+
+Result run(Layer* layer, const plan::Choice& choice, const cases::Call& call, std::vector<f32>* logits) {
+  const Spec& s = call.spec;
+  throw_unless_ok(layer->choose(s.tokens, choice));
+  Result result;
+  result.ids.assign(i64{s.tokens} * s.problem.top_k, -7);
+  result.weights.assign(i64{s.tokens} * s.problem.top_k, -7.0f);
+  LayerCall view = call.view(&result.output, Dtype::f32);
+  view.picked_ids = result.ids.data();
+  view.picked_weights = result.weights.data();
+  if (logits != nullptr) {
+    view.ids = view.weights = {};
+    view.logits = {logits->data(), Dtype::f32, s.tokens, s.problem.experts, s.problem.experts};
+  }
+  result.status = cases::run_mirrored(layer, view);
+  return result;
+}
+
+struct Form {
+  const char* name;
+  i32 experts;
+  i32 top_k;
+  Routing routing = {};
+  bool bias = false;
+  i32 first = 0;  // local experts are [first, first + local)
+  i32 local = 0;  // 0: all
+};
+
+std::vector<Form> forms() {
+  std::vector<Form> all = {
+      {"few", 8, 2},     {"odd", 40, 3},      {"usual", 128, 8}, {"many", 512, 10},
+      {"most", 1024, 4}, {"widest", 256, 32}, {"one", 1, 1},     {"shard", 64, 6, {}, false, 16, 32}};
+  all.push_back({"sums", 128, 8});
+  all.back().routing.renormalise = false;
+  all.back().routing.scale = 2.5f;
+  all.push_back({"deepseek", 256, 8, {}, true});
+  all.back().routing = {Score::sigmoid, 8, 4, 2, true, 2.5f, false};
+  all.push_back({"groups", 96, 5});
+  all.back().routing = {Score::softmax, 6, 2, 1, true, 1.0f, false};
+  all.push_back({"softplus", 256, 6, {}, true});
+  all.back().routing.score = Score::sqrt_softplus;
+  all.push_back({"plain", 64, 4});
+  all.back().routing = {Score::none, 1, 1, 2, false, 1.0f, false};
+  return all;
+}
+
+class EveryForm : public ::testing::TestWithParam<Form> {
+ protected:
+  checkpoint::Layer weights() const {
+    const Form& form = GetParam();
+    Problem problem = cases::problem(192, 80, form.experts, form.top_k);
+    problem.routing = form.routing;
+    if (form.local > 0) problem.first_expert = form.first, problem.local_experts = form.local;
+    checkpoint::Layer layer = cases::random_layer(problem, 3, true);
+    std::mt19937_64 random(4);
+    std::normal_distribution<f32> normal(0.0f, 0.3f);
+    for (i32 e = 0; form.bias && e < form.experts; ++e) layer.selection_bias.push_back(normal(random));
+    return layer;
+  }
+  static Spec spec(const Layer& layer, i32 tokens) {
+    Spec s;
+    s.problem = layer.problem();
+    s.tokens = tokens;
+    s.seed = 9 + tokens;
+    return s;
+  }
+};
+
+TEST_P(EveryForm, GivesTheBitsOfTheSplitSteps) {
+  FOURMOE_NEEDS_HOPPER();
+  Layer layer(weights(), options());
+  for (i32 tokens = 1; tokens <= 8; ++tokens) {
+    const cases::Call call(spec(layer, tokens));
+    for (int turn = 0; turn < 4; ++turn) {
+      std::vector<f32> logits = random_logits(layer.problem(), tokens, 100 * tokens + turn);
+      std::vector<f32>* given = turn == 0 ? nullptr : &logits;
+      const Result split = run(&layer, kSplit, call, given);
+      EXPECT_TRUE(split.status.ok()) << split.status.detail;
+      EXPECT_EQ(run(&layer, kWhole, call, given), split) << tokens << " tokens, turn " << turn;
+    }
+  }
+}
+
+TEST_P(EveryForm, RefusesTheSameTokens) {
+  FOURMOE_NEEDS_HOPPER();
+  Layer layer(weights(), options());
+  const cases::Call call(spec(layer, 5));
+  std::vector<f32> logits = random_logits(layer.problem(), 5, 7);
+  logits[3 * layer.problem().experts] = NAN;
+  const Result split = run(&layer, kSplit, call, &logits);
+  EXPECT_EQ(split.status.reason, Reason::value_not_finite);
+  EXPECT_EQ(run(&layer, kWhole, call, &logits), split);
+}
+
+INSTANTIATE_TEST_SUITE_P(Device, EveryForm, ::testing::ValuesIn(forms()),
+                         [](const auto& at) { return std::string(at.param.name); });
+
+class SharedExpert : public ::testing::TestWithParam<bool> {};
+
+TEST_P(SharedExpert, InTheOneLaunchGivesTheBitsOfItsOwnPlan) {
+  FOURMOE_NEEDS_HOPPER();
+  const bool gated = GetParam();
+  Spec s;
+  s.problem = cases::problem(320, 96, 32, 4);
+  checkpoint::Layer weights = cases::random_layer(s.problem, 1, true);
+  const checkpoint::Layer extra = cases::random_layer(cases::problem(320, 96, 1, 1), 77, true);
+  std::vector<u16> gate(320);
+  std::mt19937_64 random(5);
+  std::normal_distribution<f32> normal(0.0f, 0.1f);
+  for (u16& value : gate) value = format::to_bf16(normal(random));
+  weights.shared = checkpoint::Layer::Shared{extra.problem, extra.experts[0], {}};
+  weights.shared->problem.routing.score = Score::none;
+  if (gated) {
+    weights.shared->gate.data = reinterpret_cast<const u8*>(gate.data());
+    weights.shared->gate.data_stride = 2 * 320;
+    weights.shared->gate.rows = 1;
+    weights.shared->gate.cols = 320;
+    weights.shared->gate.encoding = format::Encoding::bf16;
+  }
+  Layer layer(weights, options());
+  ASSERT_TRUE(layer.plan(1).takes_shared());
+  for (i32 tokens = 1; tokens <= 8; ++tokens) {
+    s.tokens = tokens;
+    s.routes = tokens % 3 == 0 ? cases::Routes::holes : cases::Routes::random;
+    const cases::Call call(s);
+    const Result split = run(&layer, kSplit, call, nullptr);
+    EXPECT_TRUE(split.status.ok()) << split.status.detail;
+    EXPECT_EQ(run(&layer, kWhole, call, nullptr), split) << tokens;
+  }
+  LayerOptions host = options();
+  host.device = -1;
+  Layer reference(weights, host);
+  const cases::Call call(s);
+  std::vector<u8> here, there;
+  throw_unless_ok(cases::run_mirrored(&layer, call.view(&here, Dtype::f32)));
+  throw_unless_ok(cases::run_mirrored(&reference, call.view(&there, Dtype::f32)));
+  std::vector<f64> a, b;
+  for (std::size_t i = 0; i < here.size() / 4; ++i) {
+    a.push_back(format::read(here.data(), Dtype::f32, i));
+    b.push_back(format::read(there.data(), Dtype::f32, i));
+  }
+  EXPECT_LE(cases::rel_l2(a, b), cases::bound(s.problem));
+}
+
+INSTANTIATE_TEST_SUITE_P(Device, SharedExpert, ::testing::Bool());
+
+// Each has counters of its own; a graph may capture a workspace that has none, and then clears some.
+TEST(OneLaunch, WorkspacesComeInAnyNumber) {
+  FOURMOE_NEEDS_HOPPER();
+  Spec s;
+  s.problem = cases::problem(256, 96, 16, 4);
+  s.tokens = 4;
+  Layer layer(cases::random_layer(s.problem, 1, false), options());
+  throw_unless_ok(layer.choose(s.tokens, kWhole));
+  const cases::Call call(s);
+  std::vector<u8> first;
+  throw_unless_ok(cases::run_mirrored(&layer, call.view(&first, Dtype::f32)));
+  constexpr i64 kMore = 40;
+  const i64 bytes = (layer.workspace_bytes() + 255) / 256 * 256;
+  const DeviceVector<std::byte> memory(kMore * bytes);  // poisoned
+  for (i64 i = 0; i < 3 * kMore; ++i) {
+    std::vector<u8> output;
+    const Workspace workspace = {memory.data() + i % kMore * bytes, bytes};
+    throw_unless_ok(cases::run_mirrored(&layer, call.view(&output, Dtype::f32), workspace));
+    ASSERT_EQ(output, first) << i;
+  }
+  gpu::OwnStream stream;
+  throw_unless_ok(gpu::OwnStream::make(&stream));
+  const DeviceVector<std::byte> fresh(kMore * bytes);
+  std::vector<u8> output;
+  const LayerCall view = call.view(&output, Dtype::f32);
+  cases::Mirror mirror(layer, view);
+  mirror.call().stream = stream.get();
+  for (i64 i = 0; i < kMore; ++i) {
+    gpu::Graph graph;
+    const Workspace workspace = {fresh.data() + i * bytes, bytes};
+    throw_unless_ok(gpu::Graph::capture(
+        stream.get(), [&] { return layer.run(mirror.call(), workspace); }, &graph));
+    for (int replay = 0; replay < 3; ++replay) throw_unless_ok(graph.launch(stream.get()));
+    throw_unless_ok(layer.wait(stream.get()));
+    mirror.fetch();
+    ASSERT_EQ(output, first) << i;
+    std::fill(output.begin(), output.end(), u8{0xff});
+    mirror.refresh();
+  }
+}
+
+// A call of launch() itself, over memory of the test's.
+class GivenUp : public ::testing::Test {
+ protected:
+  void make() {
+    spec_.problem = cases::problem(256, 96, 16, 4);
+    spec_.problem.max_tokens = spec_.tokens = 3;
+    weights_ = cases::random_layer(spec_.problem, 1, false);
+    spec_.problem = weights_.problem;
+    spec_.problem.max_tokens = 3;
+    packed_ =
+        std::make_unique<weights::DevicePacked>(spec_.problem, weights_.experts, sm90::kPacking, 0, tbb_executor());
+    call_ = std::make_unique<cases::Call>(spec_);
+    const Problem& p = spec_.problem;
+    const i64 most = sm90::most_hits(p);
+    shape_ = sm90::queue_shape(p, machine().devices[0].sms);
+    queue_ = DeviceVector<i32>(std::vector<i32>(shape_.words(), 0));
+    y_ = DeviceVector<u16>(most * sm90::kFewTokens * p.inter);
+    z_ = DeviceVector<f32>(most * sm90::kFewTokens * p.hidden);
+    hidden_ = DeviceVector<u8>(call_->hidden);
+    ids_ = DeviceVector<i32>(call_->ids);
+    picks_ = DeviceVector<f32>(call_->weights);
+    ids_out_ = DeviceVector<i32>(i64{3} * p.top_k);
+    picks_out_ = DeviceVector<f32>(i64{3} * p.top_k);
+    output_ = DeviceVector<f32>(i64{3} * p.hidden);
+    throw_unless_ok(gpu::Buffer::make(gpu::Kind::pinned, sizeof(gpu::Fault), "fault", &fault_));
+    new (fault_.data()) gpu::Fault;
+    whole_.slots.problem = p;
+    whole_.slots.tokens = 3;
+    whole_.slots.in.ids = {ids_.data(), Dtype::i32, 3, p.top_k, p.top_k};
+    whole_.slots.in.weights = {picks_.data(), Dtype::f32, 3, p.top_k, p.top_k};
+    whole_.slots.out.ids = ids_out_.data();
+    whole_.slots.out.weights = picks_out_.data();
+    whole_.slots.fault = fault_.as<gpu::Fault>();
+    whole_.hidden = {hidden_.data(), Dtype::bf16, 3, p.hidden, p.hidden};
+    whole_.table = &packed_->table();
+    whole_.work = {queue_.data(), nullptr, y_.data(), z_.data()};
+    whole_.sum.tokens = 3;
+    whole_.sum.hidden = p.hidden;
+    whole_.sum.top_k = p.top_k;
+    whole_.sum.out.output = {output_.data(), Dtype::f32, 3, p.hidden, p.hidden};
+    whole_.wait_cycles = 2'000'000;
+  }
+
+  std::vector<f32> run() {
+    throw_unless_ok(sm90::launch(whole_, machine().devices[0].sms, nullptr));
+    throw_unless_ok(gpu::synchronise(nullptr));
+    return output_.download();
+  }
+  Status fault() const { return gpu::to_status(*fault_.as<gpu::Fault>()); }
+
+  Spec spec_;
+  checkpoint::Layer weights_;
+  std::unique_ptr<weights::DevicePacked> packed_;
+  std::unique_ptr<cases::Call> call_;
+  gpu::QueueShape shape_;
+  DeviceVector<i32> queue_, ids_, ids_out_;
+  DeviceVector<u16> y_;
+  DeviceVector<f32> z_, picks_, picks_out_, output_;
+  DeviceVector<u8> hidden_;
+  gpu::Buffer fault_;
+  sm90::Whole whole_;
+};
+
+TEST_F(GivenUp, IsAFaultOfThatCallAlone) {
+  FOURMOE_NEEDS_HOPPER();
+  make();
+  const std::vector<f32> right = run(), again = run();
+  EXPECT_EQ(right, again);
+  EXPECT_TRUE(fault().ok()) << fault().detail;
+  // Rows that never come: the counters of the set that the next launch uses, which is the first again, begin too low.
+  std::vector<i32> words = queue_.download();
+  for (i32 hit = 0; hit < shape_.hits; ++hit) words[2 * gpu::QueueShape::kLine + hit] = -1000;
+  queue_ = DeviceVector<i32>(words);
+  whole_.work.queue = queue_.data();
+  const std::vector<f32> lost = run();
+  EXPECT_EQ(fault().reason, Reason::device_failed);
+  EXPECT_NE(fault().detail.find("gave up its wait for gemm1 of local expert"), std::string::npos) << fault().detail;
+  for (const f32 value : lost) EXPECT_TRUE(std::isnan(value));
+  new (fault_.data()) gpu::Fault;
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(run(), right) << i;
+  EXPECT_TRUE(fault().ok()) << fault().detail;
+}
+
+}  // namespace
+}  // namespace fourmoe
