@@ -9,6 +9,7 @@
 #include "residence.h"
 #include "route/shared.h"
 #include "weights/device_packed.h"
+#include "weights/place.h"
 
 namespace fourmoe {
 namespace {
@@ -85,6 +86,7 @@ class DeviceResidence final : public Residence {
     throw_unless_ok(gpu::Event::make(&own_workspace_done_));
     set_numbers();
     packed_.emplace(plans.routed.most().problem, layer_.experts, *packing_of(plans.routed), device_, executor);
+    forget_sources();
     if (!layer_.shared) return;
     packed_shared_.emplace(plans.shared.most().problem, std::span(&layer_.shared->expert, 1), *packing_of(plans.shared),
                            device_, executor);
@@ -133,12 +135,27 @@ class DeviceResidence final : public Residence {
   void refit() override {
     const gpu::Current current(device_);
     throw_unless_ok(current.status());
-    set_numbers();
-    packed_->refit(layer_.experts, executor_);
+    throw_unless_ok(gpu::synchronise_device());  // calls that are enqueued, on any stream, read the old weights
+    packed_->refit(layer_.experts, executor_);   // the first, since it refuses before it writes
     if (packed_shared_) packed_shared_->refit(std::span(&layer_.shared->expert, 1), executor_);
+    set_numbers();
+    forget_sources();
   }
 
  private:
+  // Weights in a GPU's memory are packed and not read again, so that their owner may free them.
+  void forget_sources() {
+    const auto is_on_gpu = [&](const void* at) { return at != nullptr && weights::place_of(at, device_) >= 0; };
+    for (weights::Expert& expert : layer_.experts) {
+      for (Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+        if (is_on_gpu(matrix->data) || is_on_gpu(matrix->scales)) matrix->data = matrix->scales = nullptr;
+      }
+      for (const f32** bias : {&expert.gate_bias, &expert.up_bias, &expert.down_bias}) {
+        if (is_on_gpu(*bias)) *bias = nullptr;
+      }
+    }
+  }
+
   void set_numbers() {
     router_.set("router", layer_.router);
     if (layer_.shared) shared_gate_.set("gate of the shared experts", layer_.shared->gate);
