@@ -10,6 +10,7 @@
 #include "format/validate.h"
 #include "fourmoe/fourmoe.h"
 #include "layer.h"
+#include "weights/place.h"
 
 using namespace fourmoe;
 
@@ -111,8 +112,15 @@ LayerOptions convert(const fourmoe_options* given, std::unique_ptr<Executor>* ho
   return options;
 }
 
-format::Matrix convert(const char* name, i64 expert, const fourmoe_matrix& given, format::Encoding encoding, i32 rows,
+// What a layer on `device` is made of.
+struct Target {
+  Problem problem;
+  i32 device;  // -1: the host
+};
+
+format::Matrix convert(const char* name, i64 expert, const fourmoe_matrix& given, const Target& target, i32 rows,
                        i32 cols) {
+  const format::Encoding encoding = target.problem.encoding;
   require(given.data != nullptr, fmt::format("{} of expert {} is null", name, expert));
   require(!format::is_fp4(encoding) || given.scales != nullptr,
           fmt::format("scales of {} of expert {} are null", name, expert));
@@ -133,6 +141,7 @@ format::Matrix convert(const char* name, i64 expert, const fourmoe_matrix& given
   require(matrix.data_stride >= tight && matrix.scales_stride >= tight_scales,
           fmt::format("{} of expert {} has rows {} bytes apart (scales {}), expected at least {} ({})", name, expert,
                       matrix.data_stride, matrix.scales_stride, tight, tight_scales));
+  if (weights::place_of(matrix.scales, target.device) >= 0) return matrix;  // checked when it is packed
   if (const auto bad = format::find_bad_scale(matrix)) {
     throw Error(Reason::scale_invalid, fmt::format("scale [{}, {}] of {} of expert {} is 0x{:02x}: NaN or negative",
                                                    bad->row, bad->block, name, expert, bad->byte));
@@ -173,11 +182,12 @@ f32 scale_or_one(const char* name, f32 scale) {
   return scale != 0.0f ? scale : 1.0f;
 }
 
-weights::Expert convert_expert(const Problem& p, i64 index, const fourmoe_expert& given) {
+weights::Expert convert_expert(const Target& target, i64 index, const fourmoe_expert& given) {
+  const Problem& p = target.problem;
   weights::Expert expert;
-  if (p.activation.gated()) expert.gate = convert("gate", index, given.gate, p.encoding, p.inter, p.hidden);
-  expert.up = convert("up", index, given.up, p.encoding, p.inter, p.hidden);
-  expert.down = convert("down", index, given.down, p.encoding, p.hidden, p.inter);
+  if (p.activation.gated()) expert.gate = convert("gate", index, given.gate, target, p.inter, p.hidden);
+  expert.up = convert("up", index, given.up, target, p.inter, p.hidden);
+  expert.down = convert("down", index, given.down, target, p.hidden, p.inter);
   expert.gate_bias = given.gate_bias;
   expert.up_bias = given.up_bias;
   expert.down_bias = given.down_bias;
@@ -186,12 +196,13 @@ weights::Expert convert_expert(const Problem& p, i64 index, const fourmoe_expert
   return expert;
 }
 
-checkpoint::Layer convert(const fourmoe_layer_desc& desc) {
+checkpoint::Layer convert(const fourmoe_layer_desc& desc, i32 device) {
   checkpoint::Layer layer;
   layer.problem = convert_problem(desc);
   require(desc.expert_table != nullptr, "expert_table is null");
+  const Target target = {layer.problem, device};
   for (i32 e = 0; e < layer.problem.local_experts; ++e) {
-    layer.experts.push_back(convert_expert(layer.problem, e, desc.expert_table[e]));
+    layer.experts.push_back(convert_expert(target, e, desc.expert_table[e]));
   }
   if (desc.selection_bias != nullptr) {
     layer.selection_bias.assign(desc.selection_bias, desc.selection_bias + layer.problem.experts);
@@ -267,7 +278,7 @@ fourmoe_status fourmoe_layer_create(const fourmoe_layer_desc* desc, const fourmo
     check_size("desc", desc);
     std::unique_ptr<Executor> host;
     const LayerOptions converted = convert(options, &host);
-    finish(convert(*desc), converted, std::move(host), out);
+    finish(convert(*desc, converted.device), converted, std::move(host), out);
     return Status{};
   });
 }
@@ -334,7 +345,7 @@ fourmoe_status fourmoe_layer_refit(fourmoe_layer* layer, const fourmoe_layer_des
   return guard([&] {
     require(layer != nullptr, "layer is null");
     check_size("desc", desc);
-    layer->value->refit(convert(*desc));
+    layer->value->refit(convert(*desc, layer->value->plan().machine.device));
     return Status{};
   });
 }

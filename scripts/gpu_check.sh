@@ -20,6 +20,7 @@ echo "== tests"
 # Of the GEMMs, of whole layers, and of route and combine.
 few='*Small*:*Refuse*:*Zero*:*EveryPrecision.Shared*:*EveryPrecision.Duplicate*:*EveryPrecision.Refit*'
 few+=':*EveryType*:*LogitsAre*:*Ties*:QuantisedTokens.*:*ComeQuantised*'
+few+=':PackingSmall.*:PackingRefusal.*:DeviceWeights.*Freed:DeviceWeights.Stacks*:DeviceWeights.Copies*'
 # racecheck sees shared memory alone: the GEMMs, picks and slots (few, many, given), logits.
 shared='*Gemms.Small*:DeviceRoute.SmallCalls:DeviceRoute.*OfEveryType:DeviceRows.LogitsAre*'
 for tool in memcheck synccheck initcheck racecheck; do
@@ -40,7 +41,7 @@ if [ -f "$build/python/cmake_install.cmake" ]; then  # configured where python3 
   cmake --build "$build" --target fourmoe_package > "$build/log" 2>&1 || { grep -A 20 FAILED "$build/log" >&2; exit 1; }
   export PYTHONPATH=$build/python
   export FOURMOE_BUILD=$build FOURMOE_SOURCE=$PWD
-  for name in python_package python_torch torch_cuda flashinfer transformers docs; do
+  for name in python_package python_places python_torch torch_cuda torch_cuda_weights flashinfer transformers docs; do
     FOURMOE_COMMAND="$build/fourmoe" python3 "tests/python/${name}_test.py" 2> "$build/log" || { cat "$build/log" >&2; exit 1; }
     echo "$name: $(tail -n 1 "$build/log")"
   done

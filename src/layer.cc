@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <new>
 #include <optional>
+#include <utility>
 
 #include "gpu/runtime.h"
 #include "residence.h"
@@ -324,8 +325,13 @@ void Layer::refit(checkpoint::Layer weights) {
     throw Error(Reason::tensor_mismatch, fmt::format("the new weights are {}, expected {} as the layer's",
                                                      form_words(weights.problem), form_words(held.problem)));
   }
-  impl_->weights = std::move(weights);
-  impl_->home->refit();
+  checkpoint::Layer before = std::exchange(impl_->weights, std::move(weights));
+  try {
+    impl_->home->refit();
+  } catch (...) {
+    impl_->weights = std::move(before);
+    throw;
+  }
 }
 
 }  // namespace fourmoe

@@ -40,7 +40,9 @@ struct LayerCall {
 
 class Layer {
  public:
-  // Plans, and packs the weights if the chosen steps read packed ones, on a GPU into its memory. Throws Error.
+  // Plans, and packs the weights if the chosen steps read packed ones, on a GPU into its memory. The experts' matrices
+  // and biases of a layer on a GPU may lie in that GPU's memory, where what fills them must have ended: they are read
+  // here alone, and weights() then has null in their place. Throws Error.
   Layer(checkpoint::Layer weights, const LayerOptions& options);
 
   ~Layer();
@@ -71,8 +73,9 @@ class Layer {
   // that captured the layer's own workspace are to be captured anew.
   Status choose(i64 tokens, const plan::Choice& choice);
 
-  // Other weights of the same shapes for the same plans; on a GPU the packed weights keep their addresses, so captured
-  // graphs stay valid. No call may be under way. Throws Error: tensor_mismatch where shapes differ.
+  // Other weights of the same shapes for the same plans, as the constructor takes them; on a GPU the packed weights
+  // keep their addresses, so captured graphs stay valid. No call may be under way; on a GPU it waits for all that the
+  // GPU's streams hold. Throws Error: tensor_mismatch where shapes differ; a refusal leaves the old weights.
   void refit(checkpoint::Layer weights);
 
  private:

@@ -11,6 +11,7 @@
 #include "residence.h"
 #include "route/shared.h"
 #include "weights/device_packed.h"
+#include "weights/place.h"
 
 namespace fourmoe {
 namespace {
@@ -90,10 +91,13 @@ class DeviceResidence final : public Residence {
     one_table_ = layer_.shared && fits_table(plans);
     packed_.emplace(plans.routed.most().problem, one_table_ ? all_experts() : layer_.experts, *packing_of(plans.routed),
                     device_, executor);
-    if (one_table_) shared_table_ = weights::entries_from(packed_->table(), plans.routed.most().problem);
-    if (!layer_.shared || one_table_) return;
-    packed_shared_.emplace(plans.shared.most().problem, std::span(&layer_.shared->expert, 1), *packing_of(plans.shared),
-                           device_, executor);
+    if (one_table_) {
+      shared_table_ = weights::entries_from(packed_->table(), plans.routed.most().problem);
+    } else if (layer_.shared) {
+      packed_shared_.emplace(plans.shared.most().problem, std::span(&layer_.shared->expert, 1),
+                             *packing_of(plans.shared), device_, executor);
+    }
+    forget_sources();
   }
 
   i64 packed_bytes() const override { return packed_->bytes() + (packed_shared_ ? packed_shared_->bytes() : 0); }
@@ -143,9 +147,11 @@ class DeviceResidence final : public Residence {
   void refit() override {
     const gpu::Current current(device_);
     throw_unless_ok(current.status());
-    set_numbers();
-    packed_->refit(one_table_ ? all_experts() : layer_.experts, executor_);
+    throw_unless_ok(gpu::synchronise_device());  // calls that are enqueued, on any stream, read the old weights
+    packed_->refit(one_table_ ? all_experts() : layer_.experts, executor_);  // the first: it refuses before it writes
     if (packed_shared_) packed_shared_->refit(std::span(&layer_.shared->expert, 1), executor_);
+    set_numbers();
+    forget_sources();
   }
 
  private:
@@ -165,6 +171,22 @@ class DeviceResidence final : public Residence {
     std::vector<weights::Expert> all = layer_.experts;
     all.push_back(layer_.shared->expert);
     return all;
+  }
+
+  // Weights in a GPU's memory are packed and not read again, so that their owner may free them.
+  void forget_sources() {
+    for (weights::Expert& expert : layer_.experts) forget(&expert);
+    if (layer_.shared) forget(&layer_.shared->expert);
+  }
+
+  void forget(weights::Expert* expert) const {
+    const auto is_on_gpu = [&](const void* at) { return at != nullptr && weights::place_of(at, device_) >= 0; };
+    for (Matrix* matrix : {&expert->gate, &expert->up, &expert->down}) {
+      if (is_on_gpu(matrix->data) || is_on_gpu(matrix->scales)) matrix->data = matrix->scales = nullptr;
+    }
+    for (const f32** bias : {&expert->gate_bias, &expert->up_bias, &expert->down_bias}) {
+      if (is_on_gpu(*bias)) *bias = nullptr;
+    }
   }
 
   void set_numbers() {

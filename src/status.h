@@ -129,7 +129,8 @@ constexpr std::string_view reason_text(Reason reason) {
     case Reason::value_not_finite: return "a router logit is NaN or +infinity, or all of a token's are -infinity";
     case Reason::workspace_too_small: return "the workspace is smaller than the plan needs";
     case Reason::no_plan: return "no sequence of accepted steps covers the layer";
-    case Reason::memory_misplaced: return "a tensor lies in host memory where the GPU's is needed, or with another GPU";
+    case Reason::memory_misplaced:
+      return "a tensor lies in another memory than it must: the host's, a GPU's or another GPU's";
     case Reason::out_of_memory: return "an allocation failed";
     case Reason::internal: return "a fault of fourmoe itself";
     case Reason::device_failed: return "the GPU or its driver reported an error";

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
+#include <cstring>
 #include <functional>
 #include <numeric>
 
@@ -73,8 +75,8 @@ TEST(Splits, StridesOfEachSplitAreItsOwn) {
 TEST(Splits, RefusalsNameTheSplit) {
   const u8 memory[64] = {};
   const auto good = split(memory, Element::u8, {2, 2, 4});
-  const auto refused = [&](std::vector<Split> list, Reason reason) {
-    return words_of([&] { Splits("gate", std::move(list)); }, reason);
+  const auto refused = [&](std::vector<Split> list, Reason reason, i32 device = -1) {
+    return words_of([&] { Splits("gate", std::move(list), device); }, reason);
   };
   EXPECT_EQ(refused({}, Reason::argument_invalid), "gate is an empty list, expected at least one tensor");
   EXPECT_EQ(refused({good, split(memory, Element::u8, {0, 2, 4})}, Reason::argument_invalid),
@@ -83,11 +85,33 @@ TEST(Splits, RefusalsNameTheSplit) {
             "gate[2] is [1, 2, 5], expected [experts, 2, 4] as in gate[0]");
   EXPECT_EQ(refused({good, split(memory, Element::e4m3, {1, 2, 4})}, Reason::dtype_unsupported),
             "gate[1] is float8_e4m3fn, expected u8 as in gate[0]");
-  EXPECT_EQ(refused({good, split(memory, Element::u8, {1, 2, 4}, 3)}, Reason::argument_invalid),
-            "gate[1] is on cuda:3, expected cpu as gate[0]");
+  const Split there = split(memory, Element::u8, {1, 2, 4}, 3);
+  EXPECT_EQ(refused({good, there}, Reason::memory_misplaced), "gate[1] is on cuda:3, expected cpu, where the layer is");
+  EXPECT_EQ(refused({there}, Reason::memory_misplaced, 0),
+            "gate is on cuda:3, expected cpu or cuda:0, where the layer is");
   Split apart = good;
   apart.strides[2] = 2;
   EXPECT_EQ(refused({apart}, Reason::stride_unsupported), "gate has elements of a row 2 apart, expected adjacent ones");
+}
+
+TEST(Splits, EachMayLieInEitherPlace) {
+  const u8 memory[64] = {};
+  const Splits splits("gate", {split(memory, Element::u8, {2, 2, 4}), split(memory, Element::u8, {1, 2, 4}, 3)}, 3);
+  EXPECT_TRUE(splits.on_host(0) && splits.on_host(1));
+  EXPECT_FALSE(splits.on_host(2));
+}
+
+TEST(Splits, CopiesFollowTheStrides) {
+  std::vector<f32> memory(30);
+  std::iota(memory.begin(), memory.end(), 0.0f);
+  Split wide = split(memory.data(), Element::f32, {2, 3});
+  wide.strides = {10, 1};
+  Split same = wide;
+  same.strides = {0, 1};
+  const std::vector<u8> bytes = Splits("up_bias", {wide, split(memory.data() + 20, Element::f32, {1, 3}), same}).copy();
+  const std::vector<f32> expected = {0, 1, 2, 10, 11, 12, 20, 21, 22, 0, 1, 2, 0, 1, 2};
+  ASSERT_EQ(bytes.size(), expected.size() * sizeof(f32));
+  EXPECT_EQ(std::memcmp(bytes.data(), expected.data(), bytes.size()), 0);
 }
 
 // A layer of E experts, hidden 32, inter 16, all scales 1.
@@ -121,6 +145,21 @@ TEST(Stacks, BecomeAnExpertTable) {
   EXPECT_EQ(made.experts[1].gate.data, sample.codes.data() + 16 * 16);
   EXPECT_EQ(made.experts[0].up_bias, nullptr);
   EXPECT_EQ(made.experts[0].input_scale, 1.0f);
+}
+
+// Codes and scales of a GPU's memory are addresses, which the host must not read.
+TEST(Stacks, OfAGpuAreNotRead) {
+  const Sample sample;
+  Stacks stacks = sample.stacks();
+  const u8* nowhere = reinterpret_cast<const u8*>(std::uintptr_t{4096});
+  stacks.up.codes = Splits("up", {split(nowhere, Element::u8, {4, 16, 16}, 0)}, 0);
+  stacks.up.scales =
+      Splits("up_scale",
+             {split(sample.scales.data(), Element::e4m3, {1, 16, 2}), split(nowhere, Element::e4m3, {3, 16, 2}, 0)}, 0);
+  const Assembled made = assemble(stacks, true, tbb_executor(2));
+  EXPECT_EQ(made.experts[1].up.data, nowhere + 256);
+  EXPECT_EQ(made.experts[0].up.scales, sample.scales.data());
+  EXPECT_EQ(made.experts[2].up.scales, nowhere + 32);
 }
 
 TEST(Stacks, BiasesAreWidenedAndKept) {

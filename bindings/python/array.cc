@@ -252,7 +252,19 @@ format::Tensor matrix(const char* name, nb::handle object, i32 device, std::init
   return {array.data, dtype_of(array.element), array.shape[0], array.shape[1], stride};
 }
 
-weights::Splits splits(const char* name, nb::handle object, std::vector<nb::object>* held) {
+namespace {
+
+void hold(const Array& array, nb::handle item, Held* held) {
+  (array.device < 0 ? held->host : held->device).push_back(array.owner.is_valid() ? array.owner : nb::borrow(item));
+  if (array.device < 0) return;
+  const auto known = [&](const nb::object& type) { return type.is(item.type()); };
+  if (std::none_of(held->types.begin(), held->types.end(), known)) held->types.push_back(nb::borrow(item.type()));
+  if (is_immutable(item)) item.attr("block_until_ready")();  // jax has no current stream
+}
+
+}  // namespace
+
+weights::Splits splits(const char* name, nb::handle object, i32 device, Held* held) {
   if (object.is_none()) return {};
   std::vector<weights::Split> list;
   const auto add = [&](nb::handle item) {
@@ -264,14 +276,14 @@ weights::Splits splits(const char* name, nb::handle object, std::vector<nb::obje
     split.strides.assign(array.strides.begin(), array.strides.begin() + array.rank);
     split.device = array.device;
     list.push_back(std::move(split));
-    held->push_back(array.owner.is_valid() ? array.owner : nb::borrow(item));
+    hold(array, item, held);
   };
   if (nb::isinstance<nb::list>(object) || nb::isinstance<nb::tuple>(object)) {
     for (nb::handle item : object) add(item);
   } else {
     add(object);
   }
-  return weights::Splits(name, std::move(list));
+  return weights::Splits(name, std::move(list), device);
 }
 
 namespace {
@@ -365,6 +377,29 @@ void* stream_of(nb::handle stream, nb::handle type, i32 device) {
         fmt::format("stream is {}, expected an integer or a stream object of torch or cupy", type_words(stream)));
   }
   return reinterpret_cast<void*>(nb::cast<std::uintptr_t>(address));
+}
+
+void wait_for(nb::handle stream, const std::vector<nb::object>& types, i32 device) {
+  if (device < 0) return;
+  std::vector<void*> streams;
+  if (!stream.is_none()) streams.push_back(stream_of(stream, nb::none(), device));
+  for (std::size_t i = 0; stream.is_none() && i < types.size(); ++i) {
+    streams.push_back(stream_of(stream, types[i], device));
+  }
+  if (streams.empty()) return;
+  const nb::gil_scoped_release unlocked;
+  const gpu::Current current(device);
+  throw_unless_ok(current.status());
+  for (void* one : streams) {
+    bool captured = false;
+    throw_unless_ok(gpu::capturing(one, &captured));
+    if (captured) {
+      throw Error(Reason::argument_invalid,
+                  "stream is being captured into a graph, expected one that can be waited for: weights are packed "
+                  "outside of captures");
+    }
+    throw_unless_ok(gpu::synchronise(one));
+  }
 }
 
 }  // namespace fourmoe::python

@@ -46,8 +46,17 @@ Array view(const char* name, nb::handle object, Access access = Access::read);
 format::Tensor matrix(const char* name, nb::handle object, i32 device, std::initializer_list<Element> elements,
                       Access access = Access::read);
 
-// A weight argument: None, one array or a list of them. Appends what keeps the memory alive to *held.
-weights::Splits splits(const char* name, nb::handle object, std::vector<nb::object>* held);
+// What weight arguments are made of, by the place of their memory.
+struct Held {
+  std::vector<nb::object> host;    // owners of arrays in host memory, which a layer may read as long as it lives
+  std::vector<nb::object> device;  // and in a GPU's, which are read only while a layer is packed
+  std::vector<nb::object> types;   // of the latter arrays, each once: by the current streams of their frameworks they
+                                   // are filled
+};
+
+// A weight argument: None, one array or a list of them, in host memory or that of `device`, where the layer lives.
+// Appends what keeps the memory alive to *held.
+weights::Splits splits(const char* name, nb::handle object, i32 device, Held* held);
 
 // Whether arrays of the framework of `like` cannot be written, as JAX's.
 bool is_immutable(nb::handle like);
@@ -68,5 +77,9 @@ std::string device_words(i32 device);
 // is None, the calling thread's current stream of the framework whose arrays are of `type` (torch, cupy; none: the
 // default stream). Null for the host and for the default stream.
 void* stream_of(nb::handle stream, nb::handle type, i32 device);
+
+// Waits for `stream`, or where it is None for the current streams of the frameworks of `types`. Nothing for the host.
+// Throws Error(argument_invalid) for a stream that is being captured: it cannot be waited for.
+void wait_for(nb::handle stream, const std::vector<nb::object>& types, i32 device);
 
 }  // namespace fourmoe::python

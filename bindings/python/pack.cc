@@ -14,37 +14,29 @@ using weights::Splits;
 using weights::Stack;
 using weights::Stacks;
 
-// Weight arguments as lists of splits, and what keeps their memory alive.
-struct Weights {
-  Stacks stacks;
-  std::vector<nb::object> held;
+// Reads weight arguments of a layer on a device, and keeps what they are made of.
+class Reader {
+ public:
+  Reader(const Keywords& given, i32 device) : given_(given), device_(device) {}
+
+  Splits read(const char* name) { return splits(name, given_.object(name), device_, &held_); }
+  Stacks read_stacks() {
+    Stacks stacks;
+    stacks.gate = {read("gate"), read("gate_scale"), read("gate_global"), read("gate_bias")};
+    stacks.up = {read("up"), read("up_scale"), read("up_global"), read("up_bias")};
+    stacks.down = {read("down"), read("down_scale"), read("down_global"), read("down_bias")};
+    stacks.input_scale = read("input_scale");
+    stacks.inter_scale = read("inter_scale");
+    return stacks;
+  }
+
+  Held& held() { return held_; }
+
+ private:
+  const Keywords& given_;
+  i32 device_;
+  Held held_;
 };
-
-struct Names {
-  const char* codes;
-  const char* scales;
-  const char* globals;
-  const char* bias;
-};
-
-Stack read_stack(const Keywords& given, const Names& names, std::vector<nb::object>* held) {
-  Stack stack;
-  stack.codes = splits(names.codes, given.object(names.codes), held);
-  stack.scales = splits(names.scales, given.object(names.scales), held);
-  stack.globals = splits(names.globals, given.object(names.globals), held);
-  stack.bias = splits(names.bias, given.object(names.bias), held);
-  return stack;
-}
-
-Weights read_weights(const Keywords& given) {
-  Weights weights;
-  weights.stacks.gate = read_stack(given, {"gate", "gate_scale", "gate_global", "gate_bias"}, &weights.held);
-  weights.stacks.up = read_stack(given, {"up", "up_scale", "up_global", "up_bias"}, &weights.held);
-  weights.stacks.down = read_stack(given, {"down", "down_scale", "down_global", "down_bias"}, &weights.held);
-  weights.stacks.input_scale = splits("input_scale", given.object("input_scale"), &weights.held);
-  weights.stacks.inter_scale = splits("inter_scale", given.object("inter_scale"), &weights.held);
-  return weights;
-}
 
 weights::Assembled assemble_unlocked(const Stacks& stacks, bool gated, Executor& executor) {
   const nb::gil_scoped_release unlocked;
@@ -102,35 +94,40 @@ Choices read_choices(const Keywords& given) {
   return choices;
 }
 
-std::vector<f32> read_vector(const char* name, nb::handle object, i64 count) {
-  std::vector<nb::object> held;
-  const Splits given = splits(name, object, &held);
+std::vector<f32> to_vector(const Splits& given, i64 count) {
   if (given.empty()) return {};
-  if (given.element() != Element::f32 || given.rank() != 1 || given.experts() != count || given.device() >= 0) {
-    throw Error(Reason::argument_invalid, fmt::format("{} is {} of {} experts, expected [{}] f32 on cpu", name,
+  if (given.element() != Element::f32 || given.rank() != 1 || given.experts() != count) {
+    throw Error(Reason::argument_invalid, fmt::format("{} is {} of {} experts, expected [{}] f32", given.name(),
                                                       weights::element_name(given.element()), given.experts(), count));
   }
+  const std::vector<u8> bytes = given.copy();
   std::vector<f32> out(count);
-  for (i64 e = 0; e < count; ++e) out[e] = format::load<f32>(given.at(e));
+  for (i64 e = 0; e < count; ++e) out[e] = format::load<f32>(bytes.data() + 4 * e);
   return out;
 }
 
-format::Matrix read_router(nb::handle object, const Problem& p, std::vector<nb::object>* held) {
-  if (object.is_none()) return {};
-  const format::Tensor given = matrix("router", object, -1, {Element::f32, Element::f16, Element::bf16});
-  if (given.rows != p.experts || given.cols != p.hidden) {
-    throw Error(Reason::argument_invalid,
-                fmt::format("router is [{}, {}], expected [{}, {}]", given.rows, given.cols, p.experts, p.hidden));
+// A view of *memory, which becomes a copy of the router.
+format::Matrix to_router(const Splits& given, const Problem& p, std::vector<u8>* memory) {
+  if (given.empty()) return {};
+  const Element element = given.element();
+  if (element != Element::f32 && element != Element::f16 && element != Element::bf16) {
+    throw Error(Reason::dtype_unsupported,
+                fmt::format("router is {}, expected f32, f16, bf16", weights::element_name(element)));
   }
-  held->push_back(nb::borrow(object));
+  if (given.rank() != 2 || given.experts() != p.experts || given.extent(1) != p.hidden) {
+    const std::string found = given.rank() == 2 ? fmt::format("[{}, {}]", given.experts(), given.extent(1))
+                                                : fmt::format("of {} dimensions", given.rank());
+    throw Error(Reason::argument_invalid, fmt::format("router is {}, expected [{}, {}]", found, p.experts, p.hidden));
+  }
+  *memory = given.copy();
   format::Matrix router;
-  router.data = static_cast<const u8*>(given.data);
-  router.data_stride = given.stride * format::dtype_bytes(given.dtype);
+  router.data = memory->data();
+  router.data_stride = p.hidden * weights::element_bytes(element);
   router.rows = p.experts;
   router.cols = p.hidden;
-  router.encoding = given.dtype == format::Dtype::f32   ? format::Encoding::f32
-                    : given.dtype == format::Dtype::f16 ? format::Encoding::f16
-                                                        : format::Encoding::bf16;
+  router.encoding = element == Element::f32   ? format::Encoding::f32
+                    : element == Element::f16 ? format::Encoding::f16
+                                              : format::Encoding::bf16;
   return router;
 }
 
@@ -171,23 +168,36 @@ PyLayer* pack(const nb::dict& dictionary) {
   const Keywords given(dictionary);
   const Choices choices = read_choices(given);
   const Activation activation = read_activation(given);
-  Weights weights = read_weights(given);
-  weights::Assembled assembled = assemble_unlocked(weights.stacks, activation.gated(), tbb_executor(choices.threads));
+  Reader reader(given, choices.device);
+  const Stacks stacks = reader.read_stacks();
+  const Splits router = reader.read("router");
+  const Splits router_bias = reader.read("router_bias");
+  const Splits selection_bias = reader.read("selection_bias");
+  wait_for(given.object("stream"), reader.held().types, choices.device);
+  weights::Assembled assembled = assemble_unlocked(stacks, activation.gated(), tbb_executor(choices.threads));
   checkpoint::Layer layer;
   layer.problem = read_problem(given, assembled, activation);
   layer.experts = std::move(assembled.experts);
   layer.owner = std::move(assembled.owner);
-  layer.selection_bias = read_vector("selection_bias", given.object("selection_bias"), layer.problem.experts);
-  layer.router_bias = read_vector("router_bias", given.object("router_bias"), layer.problem.experts);
-  layer.router = read_router(given.object("router"), layer.problem, &weights.held);
+  layer.selection_bias = to_vector(selection_bias, layer.problem.experts);
+  layer.router_bias = to_vector(router_bias, layer.problem.experts);
+  PyLayer::Owners owners;
+  layer.router = to_router(router, layer.problem, &owners.router);
+  owners.weights = std::move(reader.held().host);
   return new PyLayer(std::move(layer), choices, given.get<std::string>("name", "packed from tensors"),
-                     std::move(weights.held));
+                     std::move(owners));
 }
 
 void refit(PyLayer& layer, const nb::dict& dictionary) {
-  Weights weights = read_weights(Keywords(dictionary));
-  layer.refit(assemble_unlocked(weights.stacks, layer.problem().activation.gated(), layer.executor()),
-              std::move(weights.held));
+  const Keywords given(dictionary);
+  const i32 device = layer.choices().device;
+  Reader reader(given, device);
+  const Stacks stacks = reader.read_stacks();
+  std::vector<nb::object> types = reader.held().types;
+  types.push_back(layer.framework());
+  wait_for(given.object("stream"), types, device);
+  layer.refit(assemble_unlocked(stacks, layer.problem().activation.gated(), layer.executor()),
+              std::move(reader.held().host));
 }
 
 PyLayer* load(const nb::dict& dictionary) {

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <map>
 
 #include "explain_text.h"
@@ -104,8 +105,8 @@ Precision parse_precision(const std::string& word) {
               fmt::format("precision is '{}', expected 'w4a16', 'w4a4' or 'w4a8_int8'", word));
 }
 
-PyLayer::PyLayer(checkpoint::Layer source, const Choices& choices, std::string what, std::vector<nb::object> held)
-    : choices_(choices), what_(std::move(what)), executor_(&tbb_executor(choices.threads)), held_(std::move(held)) {
+PyLayer::PyLayer(checkpoint::Layer source, const Choices& choices, std::string what, Owners owners)
+    : choices_(choices), what_(std::move(what)), executor_(&tbb_executor(choices.threads)), owners_(std::move(owners)) {
   {
     const nb::gil_scoped_release unlocked;
     layer_ = std::make_unique<Layer>(std::move(source), options(choices.precision, choices.plan));
@@ -138,6 +139,23 @@ LayerOptions PyLayer::options(Precision precision, const std::string& plan) cons
   return options;
 }
 
+namespace {
+
+// What a layer for another precision or plan is packed from; not there when it lay in a GPU's memory.
+void check_sources(const checkpoint::Layer& weights, const Choices& own, Precision precision, const std::string& plan) {
+  const auto gone = [](const weights::Expert& e) { return e.up.empty() || e.down.empty(); };
+  const auto gate_gone = [&](const weights::Expert& e) { return weights.problem.activation.gated() && e.gate.empty(); };
+  const std::vector<weights::Expert>& all = weights.experts;
+  if (std::none_of(all.begin(), all.end(), gone) && std::none_of(all.begin(), all.end(), gate_gone)) return;
+  throw Error(
+      Reason::argument_invalid,
+      fmt::format("precision '{}' and plan '{}' are not the layer's, '{}' and '{}', and its weights lay in memory "
+                  "of {}, which it does not keep; a layer packed with them would pass",
+                  precision_name(precision), plan, precision_name(own.precision), own.plan, device_words(own.device)));
+}
+
+}  // namespace
+
 // The layer itself, or one for another precision or plan, which packs the same weights once more at its first call.
 Layer& PyLayer::choose(const std::optional<std::string>& precision_word, const std::optional<std::string>& plan_word) {
   const Precision precision = precision_word ? parse_precision(*precision_word) : choices_.precision;
@@ -149,6 +167,7 @@ Layer& PyLayer::choose(const std::optional<std::string>& precision_word, const s
   for (Variant& known : variants_) {
     if (known.precision == precision && known.plan == plan) return *known.layer;
   }
+  check_sources(layer_->weights(), choices_, precision, plan);
   variants_.push_back({precision, plan, std::make_unique<Layer>(layer_->weights(), options(precision, plan))});
   return *variants_.back().layer;
 }
@@ -183,7 +202,7 @@ nb::object PyLayer::call(const CallArguments& arguments) {
   return own ? back_to(arguments.hidden_states, std::move(out), choices_.device) : out;
 }
 
-void PyLayer::refit(weights::Assembled assembled, std::vector<nb::object> held) {
+void PyLayer::refit(weights::Assembled assembled, std::vector<nb::object> owners) {
   {
     const nb::gil_scoped_release unlocked;
     const std::unique_lock<std::shared_mutex> lock(refit_mutex_);
@@ -197,7 +216,7 @@ void PyLayer::refit(weights::Assembled assembled, std::vector<nb::object> held) 
     next.problem.encoding = assembled.encoding;
     layer_->refit(next);
     for (Variant& known : variants_) known.layer->refit(next);
-    held_.swap(held);  // counts no references, so it needs no interpreter lock; the old ones go at the end
+    owners_.weights.swap(owners);  // counts no references, so it needs no interpreter lock; the old ones go at the end
   }
 }
 

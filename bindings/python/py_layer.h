@@ -40,12 +40,18 @@ struct Choices {
 
 class PyLayer {
  public:
-  // `what` names the layer in explain(); `held` owns the memory that `source` views.
-  PyLayer(checkpoint::Layer source, const Choices& choices, std::string what, std::vector<nb::object> held);
+  // What `source` views in host memory. What it views in a GPU's must only stay until the layer is made.
+  struct Owners {
+    std::vector<nb::object> weights;
+    std::vector<u8> router;
+  };
+
+  // `what` names the layer in explain().
+  PyLayer(checkpoint::Layer source, const Choices& choices, std::string what, Owners owners);
   ~PyLayer();
 
   nb::object call(const CallArguments& arguments);
-  void refit(weights::Assembled assembled, std::vector<nb::object> held);
+  void refit(weights::Assembled assembled, std::vector<nb::object> owners);
 
   // Bytes that any buffer given as workspace must have, wherever it begins.
   i64 workspace_bytes(i64 tokens, const std::optional<std::string>& precision, const std::optional<std::string>& plan);
@@ -56,6 +62,7 @@ class PyLayer {
   const Layer& layer() const { return *layer_; }
   const Problem& problem() const { return layer().problem(); }
   const Choices& choices() const { return choices_; }
+  nb::object framework() const { return framework_; }  // type of the last call's tokens, or None
   Executor& executor() const { return *executor_; }
 
   // An integer that names this layer as long as it lives, for operators that can only carry numbers.
@@ -73,7 +80,7 @@ class PyLayer {
   Layer& choose(const std::optional<std::string>& precision, const std::optional<std::string>& plan);
 
   Choices choices_;
-  nb::object framework_ = nb::none();  // type of the last call's tokens; under the interpreter's lock
+  nb::object framework_ = nb::none();  // under the interpreter's lock
   std::string what_;
   Executor* executor_;
   i64 handle_;
@@ -81,7 +88,7 @@ class PyLayer {
   std::unique_ptr<Layer> layer_;   // never replaced
   std::mutex variants_mutex_;
   std::vector<Variant> variants_;  // layers of other precisions and plans
-  std::vector<nb::object> held_;
+  Owners owners_;
 };
 
 Precision parse_precision(const std::string& word);

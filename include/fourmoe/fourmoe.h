@@ -80,7 +80,8 @@ typedef struct fourmoe_tensor {
   int64_t stride; /* elements between two rows, >= cols */
 } fourmoe_tensor;
 
-/* One projection of one expert, [rows = outputs, cols = inputs]. */
+/* One projection of one expert, [rows = outputs, cols = inputs]. data and scales are in host memory or, for a layer on
+ * a GPU, in the memory of that GPU, each as it likes: there they are read in place, once what fills them has ended. */
 typedef struct fourmoe_matrix {
   const uint8_t* data;   /* [rows, cols/2] E2M1 pairs, or [rows, cols] dense; any alignment; caller's */
   const uint8_t* scales; /* [rows, cols/16] E4M3 or [rows, cols/32] E8M0; null for dense */
@@ -94,14 +95,15 @@ typedef struct fourmoe_expert {
   fourmoe_matrix gate;    /* [inter, hidden]; data null when the activation has no gate */
   fourmoe_matrix up;      /* [inter, hidden] */
   fourmoe_matrix down;    /* [hidden, inter] */
-  const float* gate_bias; /* [inter]; null for none */
+  const float* gate_bias; /* [inter]; null for none. Biases may lie where matrices may */
   const float* up_bias;   /* [inter]; null for none */
   const float* down_bias; /* [hidden]; null for none */
   float input_scale;      /* w4a4: global scale of the tokens, a multiplier; 0 means 1 */
   float inter_scale;      /* w4a4: global scale of the intermediate, a multiplier; 0 means 1 */
 } fourmoe_expert;
 
-/* A layer given tensor by tensor. Everything that it points to must outlive the layer. */
+/* A layer given tensor by tensor. What it points to in host memory must outlive the layer; matrices and biases in the
+ * memory of the layer's GPU may be freed as soon as the layer is made, or refitted. All else is in host memory. */
 typedef struct fourmoe_layer_desc {
   size_t struct_size;
   int32_t hidden;                     /* multiple of 16 */
@@ -226,8 +228,8 @@ FOURMOE_API fourmoe_status fourmoe_layer_run(fourmoe_layer* layer, const fourmoe
 FOURMOE_API fourmoe_status fourmoe_layer_wait(fourmoe_layer* layer, void* stream);
 
 /* Replaces the weights of a layer made by fourmoe_layer_create by others of the same shapes; on a GPU the packed
- * weights keep their addresses, so that captured graphs stay valid. No call may be under way. Routing is not changed
- * but for selection_bias. */
+ * weights keep their addresses, so that captured graphs stay valid. No call may be under way; on a GPU this waits for
+ * the work of all streams. A refusal leaves the old weights. Routing is not changed but for selection_bias. */
 FOURMOE_API fourmoe_status fourmoe_layer_refit(fourmoe_layer* layer, const fourmoe_layer_desc* desc);
 
 #ifdef __cplusplus

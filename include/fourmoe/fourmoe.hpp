@@ -67,7 +67,7 @@ class Layer {
  public:
   explicit Layer(fourmoe_layer* layer) : layer_(layer) {}
 
-  // From tensors in memory, which must outlive the layer.
+  // From tensors in memory; see fourmoe_layer_desc for where they may lie, and for how long.
   static Layer create(const fourmoe_layer_desc& desc, const Options& options = {}) {
     fourmoe_layer* layer = nullptr;
     const fourmoe_options converted = options.c();
@@ -89,7 +89,7 @@ class Layer {
   // Waits for a GPU's work and throws what it found wrong.
   void wait(void* stream = nullptr) { check(fourmoe_layer_wait(layer_.get(), stream)); }
 
-  // Other weights of the same shapes, which must outlive the layer.
+  // Other weights of the same shapes, from tensors as create takes them.
   void refit(const fourmoe_layer_desc& desc) { check(fourmoe_layer_refit(layer_.get(), &desc)); }
 
  private:

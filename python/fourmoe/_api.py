@@ -53,8 +53,13 @@ def pack(*, gate: Union[Weight, None] = None, up: Weight, down: Weight, top_k: i
          scale: float = 1.0, weight_on_input: bool = False, selection_bias: Union[Array, None] = None,
          router: Union[Array, None] = None, router_bias: Union[Array, None] = None, device: Any = "cpu",
          precision: str = "w4a16", max_tokens: int = 1024, plan: str = "auto", threads: int = 0,
-         batch_invariant: bool = False, tuning: Union[str, "os.PathLike[str]", None] = None, name: str = "packed from tensors") -> _core.Layer:
-    """Makes a layer of weights in memory. The layer keeps the arrays alive and reads them; leave them unchanged.
+         batch_invariant: bool = False, tuning: Union[str, "os.PathLike[str]", None] = None, stream: Any = None,
+         name: str = "packed from tensors") -> _core.Layer:
+    """Makes a layer of weights in memory.
+
+    Arrays are in host memory or, for a layer on a GPU, in that GPU's, each array and each split as it likes. Those in
+    host memory the layer keeps alive and reads; leave them unchanged. Those in the GPU's are packed where they are and
+    not kept: they may be freed or changed afterwards.
 
     Shapes, with E local experts, hidden size H and intermediate size I; rows may be strided, their elements adjacent.
     Each weight is one array or a list of arrays along the expert dimension: any number of splits of any sizes.
@@ -76,6 +81,8 @@ def pack(*, gate: Union[Weight, None] = None, up: Weight, down: Weight, top_k: i
         nor logits.
     device, precision, max_tokens, plan, threads, batch_invariant, tuning: as in `load`. name: how `explain` calls the
         layer.
+    stream: on a GPU, the stream that fills the arrays in its memory, an integer or a stream object; without it their
+        framework's current stream. It is waited for, and is not one that is being captured into a graph.
 
     Raises ArgumentError naming the argument (of a list, the split), what was expected and what was found.
     """
@@ -88,11 +95,11 @@ def refit(layer: _core.Layer, *, gate: Union[Weight, None] = None, up: Weight, d
           up_global: Union[Weight, None] = None, down_global: Union[Weight, None] = None,
           gate_bias: Union[Weight, None] = None, up_bias: Union[Weight, None] = None,
           down_bias: Union[Weight, None] = None, input_scale: Union[Weight, None] = None,
-          inter_scale: Union[Weight, None] = None) -> None:
+          inter_scale: Union[Weight, None] = None, stream: Any = None) -> None:
     """Replaces a layer's weights in place: packed weights keep their addresses. Also `layer.refit(...)`.
 
-    Arguments as in `pack`; number of experts, shapes and encoding as they were. Waits for calls under way. A refusal
-    (ArgumentError) leaves the old weights.
+    Arguments as in `pack`; number of experts, shapes and encoding as they were. Waits for calls under way, on a GPU for
+    all that its streams hold. A refusal (ArgumentError) leaves the old weights.
     """
     given = locals()
     given.pop("layer")._refit(given)

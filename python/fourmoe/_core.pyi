@@ -48,7 +48,8 @@ class Layer:
         workspace: uint8, workspace_bytes() of them; without it the layer uses memory of its own, and calls take turns.
             With `out` and `workspace` a call allocates nothing that grows with T.
         stream: on a GPU, an integer or a stream object; without it the framework's current stream.
-        precision, plan: others than the layer's; the first such call packs the weights once more.
+        precision, plan: others than the layer's; the first such call packs the weights once more, so it is refused where
+            they lay in a GPU's memory, which is not kept.
 
         All arrays are where the layer is, rows may be strided. Raises ArgumentError naming the argument, what was
         expected and what was found.
@@ -80,6 +81,7 @@ class Layer:
         down_bias: Optional[_Weight] = None,
         input_scale: Optional[_Weight] = None,
         inter_scale: Optional[_Weight] = None,
+        stream: Any = None,
     ) -> None:
         """Replaces the weights in place; see fourmoe.refit."""
     def _refit(self, given: Mapping[str, Any]) -> None: ...

@@ -7,6 +7,9 @@
 
 namespace fourmoe::format {
 
+// The largest byte of a block scale: beyond it E8M0 is NaN, E4M3 is NaN or has a sign.
+constexpr u8 largest_scale(Encoding encoding) { return encoding == Encoding::nvfp4 ? kLargestScale : 0xfe; }
+
 struct BadScale {
   i64 row;
   i64 block;

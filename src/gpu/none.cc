@@ -31,6 +31,7 @@ Status Graph::launch(Stream) const { return not_built(); }
 Status copy(void*, const void*, i64, Stream, const char*) { return not_built(); }
 Status fill(void*, u8, i64, Stream) { return not_built(); }
 Status synchronise(Stream) { return not_built(); }
+Status synchronise_device() { return not_built(); }
 Status capturing(Stream, bool*) { return not_built(); }
 Status locate(const void*, i32*) { return not_built(); }
 

@@ -164,6 +164,8 @@ Status fill(void* memory, u8 byte, i64 bytes, Stream stream) {
 
 Status synchronise(Stream stream) { return to_status(cudaStreamSynchronize(native(stream)), "waiting for a stream"); }
 
+Status synchronise_device() { return to_status(cudaDeviceSynchronize(), "waiting for the device"); }
+
 Status capturing(Stream stream, bool* yes) {
   cudaStreamCaptureStatus state = cudaStreamCaptureStatusNone;
   Status status = to_status(cudaStreamIsCapturing(native(stream), &state), "asking whether a stream is captured");

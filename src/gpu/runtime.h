@@ -133,6 +133,7 @@ class Graph {
 Status copy(void* to, const void* from, i64 bytes, Stream stream, const char* what);
 Status fill(void* memory, u8 byte, i64 bytes, Stream stream);
 Status synchronise(Stream stream);
+Status synchronise_device();                 // all streams of the current one
 Status capturing(Stream stream, bool* yes);  // into a graph
 
 // The device whose memory an address is in; -1: the host's or nobody's. Host memory that is page-locked counts as the

@@ -1,15 +1,18 @@
 // Device packed: a layer's weights in the memory of one GPU, packed there in the order in which a room streams them.
 //
 // A room's blob is a row of bands: `band_rows` features of a matrix (of gate and of up alike) make one band, the last
-// one filled up with zeros. The checkpoint's matrices are uploaded a few bands at a time through two page-locked pieces
-// of memory, or read where they are if that is the same GPU; besides the blobs packing takes kStagingBytes four times.
+// one filled up with zeros. Codes and scales in host memory are uploaded a few bands at a time (upload.h), those in the
+// GPU's own are read where they are, each as it lies; besides the blobs packing takes kStagingBytes four times, or
+// nothing where all lies on the GPU.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "executor.h"
 #include "gpu/runtime.h"
 #include "weights/expert_table.h"
+#include "weights/upload.h"
 #include "weights/window.h"
 
 namespace fourmoe {
@@ -52,40 +55,54 @@ DeviceTable entries_from(const DeviceTable& table, const Problem& problem);
 // Owner of a layer's blobs and of its DeviceTable.
 class DevicePacked {
  public:
-  // Takes memory for the layer and packs it. Throws Error: out_of_memory, device_failed, tensor_mismatch when the
-  // experts' shapes or encodings differ, encoding_unsupported when a matrix's MXFP4 scales fit no window.
+  // Takes memory for the layer and packs it. Matrices and biases lie in host memory or in that of `device`, where what
+  // fills them must have ended; they are not read again. Throws Error: out_of_memory, device_failed, tensor_mismatch
+  // when the experts' shapes or encodings differ, memory_misplaced for another GPU's memory, scale_invalid for a block
+  // scale in the device's memory (those in host memory are checked before), encoding_unsupported when a matrix's MXFP4
+  // scales fit no window.
   DevicePacked(const Problem& problem, std::span<const Expert> experts, const Packing& packing, i32 device,
                Executor& executor);
 
-  // Packs other weights of the same shape at the same addresses; calls must not overlap it. Throws like the above, and
-  // then what the layer computes is undefined until a refit succeeds.
+  // Packs other weights of the same shape at the same addresses; calls must not overlap it. Throws like the above: a
+  // refusal leaves the old weights; after out_of_memory or device_failed what the layer computes is undefined until a
+  // refit succeeds.
   void refit(std::span<const Expert> experts, Executor& executor);
 
   const DeviceTable& table() const { return table_; }
   i64 bytes() const { return blobs_.bytes() + numbers_.bytes(); }
 
  private:
-  class Upload;
-  enum Projection { kGate, kUp, kDown };
+  // A matrix that is packed, and how.
   struct Source {
-    const format::Matrix& matrix;
-    i32 window;  // the first exponent
+    const format::Matrix* matrix;
+    bool values_here = true;  // in the device's memory, or there are none
+    bool scales_here = true;
+    i32 window = 0;  // mxfp4: the first exponent
+
+    bool here() const { return values_here && scales_here; }
   };
-  i32 window(i64 expert, Projection projection) const {
-    return windows_.empty() ? 0 : windows_[3 * expert + projection];
-  }
+  using Sources = std::vector<Source>;  // [experts, 3] gate, up, down
+  // Takes rows [first, first + count) of gate, which may be empty, and of up.
+  using Enqueue = std::function<void(const Rows& gate, const Rows& up, i32 first, i32 count)>;
+
   f32 global(const Source& source) const;
   i64 blob_bytes(i32 rows, i32 cols, bool gated) const;
   i64 row_bytes(i32 cols) const;
-  void check(std::span<const Expert> experts) const;
+  i64 staging_bytes() const;
   void lay_out();
-  std::vector<Exponents> scan(std::span<const Expert> experts, Executor& executor) const;
-  void find_windows(std::span<const Expert> experts, Executor& executor);
-  void write_numbers(std::span<const Expert> experts);
   std::byte* gemm1_blob(i64 expert) const;
   std::byte* gemm2_blob(i64 expert) const;
+
+  void check(std::span<const Expert> experts) const;
+  bool is_here(const void* address, const char* part, i64 index) const;
+  Sources find(std::span<const Expert> experts) const;
+  void check_scales(const Sources& sources, gpu::Stream stream) const;
+  std::vector<Exponents> scan(const Sources& sources, Upload* upload, Executor& executor) const;
+  void find_windows(Sources* sources, Upload* upload, Executor& executor) const;
+  void write_bias(const f32* bias, i64 index, i32 count, f32* to, gpu::Stream stream) const;
+  void write_numbers(std::span<const Expert> experts, const Sources& sources, gpu::Stream stream);
+  void for_bands(const Source& gate, const Source& up, Upload* upload, const Enqueue& enqueue) const;
   void pack(const Source& gate, const Source& up, std::byte* blob, Upload* upload) const;
-  void pack(std::span<const Expert> experts, Executor& executor);
 
   const Packing& packing_;
   i32 device_;
@@ -99,7 +116,6 @@ class DevicePacked {
   gpu::Buffer blobs_;    // gemm1 of all experts, then gemm2
   gpu::Buffer numbers_;  // what table_ points to: addresses, scales, biases
   std::vector<std::byte> numbers_host_;
-  std::vector<i32> windows_;  // [experts, 3] first exponents of gate, up and down; empty unless mxfp4
   DeviceTable table_;
 };
 

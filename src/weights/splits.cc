@@ -4,7 +4,9 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cstring>
 
+#include "gpu/runtime.h"
 #include "status.h"
 
 namespace fourmoe::weights {
@@ -26,7 +28,7 @@ std::string expected_shape(const std::vector<i64>& shape) {
   return words + "]";
 }
 
-void check_one(const std::string& what, const Split& split) {
+void check_one(const std::string& what, const Split& split, i32 device) {
   if (split.shape.empty() || split.shape[0] < 1) {
     throw Error(Reason::argument_invalid, fmt::format("{} is [{}], expected at least one expert in its first dimension",
                                                       what, fmt::join(split.shape, ", ")));
@@ -35,6 +37,11 @@ void check_one(const std::string& what, const Split& split) {
   if (!adjacent) {
     throw Error(Reason::stride_unsupported,
                 fmt::format("{} has elements of a row {} apart, expected adjacent ones", what, split.strides.back()));
+  }
+  if (split.device >= 0 && split.device != device) {
+    const std::string also = device < 0 ? "" : " or " + device_words(device);
+    throw Error(Reason::memory_misplaced,
+                fmt::format("{} is on {}, expected cpu{}, where the layer is", what, device_words(split.device), also));
   }
 }
 
@@ -49,11 +56,23 @@ void check_same(const std::string& what, const Split& split, const std::string& 
                 fmt::format("{} is {}, expected {} as in {}", what, element_name(split.element),
                             element_name(first.element), first_name));
   }
-  if (split.device != first.device) {
-    throw Error(Reason::argument_invalid,
-                fmt::format("{} is on {}, expected {} as {}", what, device_words(split.device),
-                            device_words(first.device), first_name));
+}
+
+// Copies one split to host memory, `each` bytes an expert.
+void copy_split(const std::string& name, const Split& split, i64 each, u8* to) {
+  const i64 count = split.shape[0];
+  const i64 stride = split.strides[0] * element_bytes(split.element);
+  if (split.device < 0) {
+    for (i64 e = 0; e < count; ++e) std::memcpy(to + e * each, split.data + e * stride, each);
+    return;
   }
+  const gpu::Current current(split.device);
+  throw_unless_ok(current.status());
+  const i64 at_once = stride == each ? count : 1;
+  for (i64 e = 0; e < count; e += at_once) {
+    throw_unless_ok(gpu::copy(to + e * each, split.data + e * stride, at_once * each, nullptr, name.c_str()));
+  }
+  throw_unless_ok(gpu::synchronise(nullptr));
 }
 
 }  // namespace
@@ -88,14 +107,15 @@ i64 element_bytes(Element element) {
   return 1;
 }
 
-Splits::Splits(std::string name, std::vector<Split> splits) : name_(std::move(name)), splits_(std::move(splits)) {
+Splits::Splits(std::string name, std::vector<Split> splits, i32 device)
+    : name_(std::move(name)), splits_(std::move(splits)) {
   if (splits_.empty()) {
     throw Error(Reason::argument_invalid, fmt::format("{} is an empty list, expected at least one tensor", name_));
   }
   i64 experts = 0;
   for (std::size_t i = 0; i < splits_.size(); ++i) {
     const std::string what = label(name_, i, splits_.size());
-    check_one(what, splits_[i]);
+    check_one(what, splits_[i], device);
     check_same(what, splits_[i], label(name_, 0, splits_.size()), splits_[0]);
     begins_.push_back(experts += splits_[i].shape[0]);
   }
@@ -113,6 +133,18 @@ const u8* Splits::at(i64 expert) const {
 }
 
 i64 Splits::row_stride(i64 expert) const { return splits_[find(expert)].strides[1]; }
+
+bool Splits::on_host(i64 expert) const { return splits_[find(expert)].device < 0; }
+
+std::vector<u8> Splits::copy() const {
+  i64 each = element_bytes(element());
+  for (i64 d = 1; d < rank(); ++d) each *= extent(d);
+  std::vector<u8> all(static_cast<std::size_t>(experts() * each));
+  for (std::size_t i = 0; i < splits_.size() && each > 0; ++i) {
+    copy_split(name_, splits_[i], each, all.data() + (begins_[i] - splits_[i].shape[0]) * each);
+  }
+  return all;
+}
 
 std::string Splits::name_of(i64 expert) const { return label(name_, find(expert), splits_.size()); }
 

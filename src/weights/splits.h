@@ -1,7 +1,8 @@
 // Splits: a tensor of weights given as a list of tensors along the expert dimension.
 //
-// A layer's experts may lie in any number of tensors of any sizes: one stack, one a rank, one an expert. Nothing is
-// copied: split i holds experts [begin_i, begin_i + shape[0]). A list is checked as a whole before anything reads it.
+// A layer's experts may lie in any number of tensors of any sizes: one stack, one a rank, one an expert; those of a
+// layer on a GPU in host memory or in that GPU's, each split as it likes. Nothing is copied: split i holds experts
+// [begin_i, begin_i + shape[0]). A list is checked as a whole before anything reads it.
 #pragma once
 
 #include <optional>
@@ -33,10 +34,12 @@ class Splits {
   // Not given.
   Splits() = default;
 
-  // Throws Error(argument_invalid, dtype_unsupported or stride_unsupported) naming the split ("gate[2]", or "gate" for
-  // a single tensor), what was expected and what was found: a list has at least one split, each holds at least one
-  // expert, all agree in element type, device and every dimension but the first, and innermost elements are adjacent.
-  Splits(std::string name, std::vector<Split> splits);
+  // `device` is where the layer lives: -1, or a GPU. Throws Error(argument_invalid, dtype_unsupported,
+  // stride_unsupported or memory_misplaced) naming the split ("gate[2]", or "gate" for a single tensor), what was
+  // expected and what was found: a list has at least one split, each holds at least one expert and lies in host memory
+  // or in that of `device`, all agree in element type and every dimension but the first, and innermost elements are
+  // adjacent.
+  Splits(std::string name, std::vector<Split> splits, i32 device = -1);
 
   bool empty() const { return splits_.empty(); }
   const std::string& name() const { return name_; }
@@ -44,11 +47,15 @@ class Splits {
   i64 rank() const { return static_cast<i64>(splits_.front().shape.size()); }
   i64 extent(i64 dimension) const { return splits_.front().shape[dimension]; }  // of dimensions 1 and above
   Element element() const { return splits_.front().element; }
-  i32 device() const { return splits_.front().device; }
 
   // What belongs to one expert: its address, and the elements between two of its rows (of a rank 3 tensor).
   const u8* at(i64 expert) const;
   i64 row_stride(i64 expert) const;
+  bool on_host(i64 expert) const;
+
+  // The elements of all experts in host memory, one after the other, of a tensor of rank 1 or 2. Waits for what it
+  // copies from a GPU: for small tensors. Throws Error(device_failed).
+  std::vector<u8> copy() const;
 
   // "gate[2]", or the name alone for a single tensor: the split that holds the expert.
   std::string name_of(i64 expert) const;

@@ -45,13 +45,6 @@ void require_element(const Splits& splits, std::initializer_list<Element> allowe
               fmt::format("{} is {}, expected {}", splits.name(), element_name(splits.element()), names));
 }
 
-void require_host(const Splits& splits) {
-  if (!splits.empty() && splits.device() >= 0) {
-    refuse_argument(fmt::format("{} is on cuda:{}, expected cpu: weights are packed from host memory", splits.name(),
-                                splits.device()));
-  }
-}
-
 Encoding encoding_of(const Stack& stack) {
   const Splits& codes = stack.codes;
   require_element(codes, {Element::u8, Element::f32, Element::f16, Element::bf16, Element::e4m3});
@@ -88,13 +81,11 @@ struct Projection {
   Encoding encoding;
   i32 rows;
   i32 cols;
+  std::vector<u8> globals;  // [experts] f32; empty: 1
+  std::vector<u8> bias;     // [experts, rows] of the stack's element type; empty for none
 };
 
 Projection examine(const Stack& stack) {
-  require_host(stack.codes);
-  require_host(stack.scales);
-  require_host(stack.globals);
-  require_host(stack.bias);
   const Encoding encoding = encoding_of(stack);
   const i64 rows = stack.codes.extent(1);
   const i64 cols = stack.codes.extent(2) * (format::is_fp4(encoding) ? 2 : 1);
@@ -103,7 +94,7 @@ Projection examine(const Stack& stack) {
     refuse_argument(
         fmt::format("{} has {} rows and {} columns, expected up to {}", stack.codes.name(), rows, cols, kMost));
   }
-  return {&stack, encoding, static_cast<i32>(rows), static_cast<i32>(cols)};
+  return {&stack, encoding, static_cast<i32>(rows), static_cast<i32>(cols), {}, {}};
 }
 
 void require_count(const Splits& splits, i64 experts, const Splits& of) {
@@ -111,7 +102,11 @@ void require_count(const Splits& splits, i64 experts, const Splits& of) {
   refuse_argument(fmt::format("{} is for {} experts, {} for {}", splits.name(), splits.experts(), of.name(), experts));
 }
 
-void check_parts(const Projection& p, i64 experts) {
+f32 number(const std::vector<u8>& numbers, i64 index) { return format::load<f32>(numbers.data() + 4 * index); }
+
+// Checks what goes with the codes, and fills in what is read on the host.
+void complete(Projection* projection, i64 experts) {
+  Projection& p = *projection;
   const Stack& stack = *p.stack;
   require_count(stack.scales, experts, stack.codes);
   require_count(stack.globals, experts, stack.codes);
@@ -123,9 +118,10 @@ void check_parts(const Projection& p, i64 experts) {
   if (!stack.globals.empty()) {
     require_element(stack.globals, {Element::f32});
     require_shape(stack.globals, {}, "");
+    p.globals = stack.globals.copy();
     if (p.encoding == Encoding::mxfp4) {
       for (i64 e = 0; e < experts; ++e) {
-        if (format::load<f32>(stack.globals.at(e)) == 1.0f) continue;
+        if (number(p.globals, e) == 1.0f) continue;
         refuse_argument(fmt::format("{} is given, but mxfp4 has no global scale", stack.globals.name()));
       }
     }
@@ -133,13 +129,15 @@ void check_parts(const Projection& p, i64 experts) {
   if (!stack.bias.empty()) {
     require_element(stack.bias, {Element::f32, Element::f16, Element::bf16});
     require_shape(stack.bias, {p.rows}, fmt::format("to go with {}", stack.codes.name()).c_str());
+    p.bias = stack.bias.copy();
   }
 }
 
-f32 scalar(const Splits& splits, i64 expert, Reason reason) {
-  const f32 value = format::load<f32>(splits.at(expert));
+// Number `expert` of a tensor, of which `numbers` is a copy.
+f32 global_of(const Splits& splits, const std::vector<u8>& numbers, i64 expert) {
+  const f32 value = number(numbers, expert);
   if (value > 0.0f && value < INFINITY) return value;
-  throw Error(reason,
+  throw Error(Reason::global_invalid,
               fmt::format("{}, expert {}, is {}, expected finite and above 0", splits.name_of(expert), expert, value));
 }
 
@@ -151,7 +149,7 @@ Matrix matrix_of(const Projection& p, i64 expert) {
   matrix.rows = p.rows;
   matrix.cols = p.cols;
   matrix.encoding = p.encoding;
-  if (!stack.globals.empty()) matrix.global = scalar(stack.globals, expert, Reason::global_invalid);
+  if (!stack.globals.empty()) matrix.global = global_of(stack.globals, p.globals, expert);
   const i64 least = format::row_bytes(p.encoding, p.cols);
   if (matrix.data_stride < least && p.rows > 1) {
     throw Error(Reason::stride_unsupported, fmt::format("{} has rows {} bytes apart, expected at least {}",
@@ -165,6 +163,7 @@ Matrix matrix_of(const Projection& p, i64 expert) {
     throw Error(Reason::stride_unsupported, fmt::format("{} has rows {} bytes apart, expected at least {}",
                                                         stack.scales.name_of(expert), matrix.scales_stride, blocks));
   }
+  if (!stack.scales.on_host(expert)) return matrix;
   if (const auto bad = format::find_bad_scale(matrix)) {
     throw Error(Reason::scale_invalid,
                 fmt::format("{}, expert {}, has 0x{:02x} at [{}, {}]: NaN or negative", stack.scales.name_of(expert),
@@ -180,21 +179,23 @@ const f32* widen_bias(const Projection& p, i64 expert, f32* out) {
   const format::Dtype dtype = bias.element() == Element::f32   ? format::Dtype::f32
                               : bias.element() == Element::f16 ? format::Dtype::f16
                                                                : format::Dtype::bf16;
-  for (i32 r = 0; r < p.rows; ++r) out[r] = format::read(bias.at(expert), dtype, r);
+  const u8* row = p.bias.data() + expert * p.rows * element_bytes(bias.element());
+  for (i32 r = 0; r < p.rows; ++r) out[r] = format::read(row, dtype, r);
   return out;
 }
 
-void check_global_inputs(const Splits& splits, i64 experts, const Splits& of) {
-  if (splits.empty()) return;
-  require_host(splits);
+// A copy of input_scale or inter_scale; empty where it is not given.
+std::vector<u8> input_globals(const Splits& splits, i64 experts, const Splits& of) {
+  if (splits.empty()) return {};
   require_element(splits, {Element::f32});
   require_shape(splits, {}, "");
   if (splits.experts() != 1) require_count(splits, experts, of);
+  return splits.copy();
 }
 
-f32 input_scalar(const Splits& splits, i64 expert) {
+f32 input_global(const Splits& splits, const std::vector<u8>& numbers, i64 expert) {
   if (splits.empty()) return 1.0f;
-  return scalar(splits, splits.experts() == 1 ? 0 : expert, Reason::global_invalid);
+  return global_of(splits, numbers, splits.experts() == 1 ? 0 : expert);
 }
 
 void check_agreement(const Projection& up, const Projection& other, i32 rows, i32 cols) {
@@ -238,15 +239,15 @@ Assembled assemble(const Stacks& stacks, bool gated, Executor& executor) {
   if (gated == stacks.gate.codes.empty()) {
     refuse_argument(gated ? "gate is missing; only relu2 has none" : "gate is given, but relu2 has none");
   }
-  const Projection up = examine(stacks.up);
-  const Projection down = examine(stacks.down);
-  const Projection gate = gated ? examine(stacks.gate) : up;
+  Projection up = examine(stacks.up);
+  Projection down = examine(stacks.down);
+  Projection gate = gated ? examine(stacks.gate) : up;
   const i64 experts = stacks.up.codes.experts();
   check_agreement(up, gate, up.rows, up.cols);
   check_agreement(up, down, up.cols, up.rows);
-  for (const Projection& p : {up, gate, down}) check_parts(p, experts);
-  check_global_inputs(stacks.input_scale, experts, stacks.up.codes);
-  check_global_inputs(stacks.inter_scale, experts, stacks.up.codes);
+  for (Projection* p : {&up, &gate, &down}) complete(p, experts);
+  const std::vector<u8> inputs = input_globals(stacks.input_scale, experts, stacks.up.codes);
+  const std::vector<u8> inters = input_globals(stacks.inter_scale, experts, stacks.up.codes);
 
   Assembled out;
   out.encoding = up.encoding;
@@ -268,8 +269,8 @@ Assembled assemble(const Stacks& stacks, bool gated, Executor& executor) {
       if (gated) expert.gate_bias = widen_bias(gate, e, biases);
       expert.up_bias = widen_bias(up, e, biases + up.rows);
       expert.down_bias = widen_bias(down, e, biases + 2 * i64{up.rows});
-      expert.input_scale = input_scalar(stacks.input_scale, e);
-      expert.inter_scale = input_scalar(stacks.inter_scale, e);
+      expert.input_scale = input_global(stacks.input_scale, inputs, e);
+      expert.inter_scale = input_global(stacks.inter_scale, inters, e);
     } catch (const Error& error) {
       first_error.keep(e, error);
     }

@@ -28,15 +28,17 @@ struct Stacks {
 };
 
 struct Assembled {
-  std::vector<Expert> experts;  // views of the caller's tensors
+  std::vector<Expert> experts;  // matrices are views of the caller's tensors
   format::Encoding encoding = format::Encoding::nvfp4;
   i32 hidden = 0;
   i32 inter = 0;
   std::shared_ptr<const void> owner;  // biases widened to f32
 };
 
-// Checks that all tensors agree and that every scale and global is valid (in parallel), and makes the expert table.
-// Throws Error naming the tensor, or the split and expert, what was expected and what was found. Host memory only.
+// Checks that all tensors agree, that every global is valid and every block scale in host memory (in parallel), and
+// makes the expert table. Codes and scales in a GPU's memory are not read: DevicePacked checks those scales. All else
+// is copied to the host; what fills memory of a GPU must have ended. Throws Error naming the tensor, or the split and
+// expert, what was expected and what was found.
 Assembled assemble(const Stacks& stacks, bool gated, Executor& executor);
 
 }  // namespace fourmoe::weights

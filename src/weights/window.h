@@ -37,12 +37,17 @@ FOURMOE_HD u8 to_power(u8 e8m0, i32 first) {
 // Of a matrix in host memory. Codes are read only when the scales alone do not fit.
 Exponents find_exponents(const format::Matrix& matrix);
 
-// Of [rows, cols] in device memory: enqueues what raises *found, which begins as zeros.
+// Of [rows, cols] in device memory: enqueues what raises *found, which begins as zeros. get() is what the host finds.
 struct FoundExponents {
-  u32 most;    // E8M0 byte
-  u32 behind;  // 255 - least
+  struct Range {
+    u32 most;    // E8M0 byte
+    u32 behind;  // 255 - least
+    Exponents get() const { return {255 - behind, most}; }
+  };
+  Range all;
+  Range used;  // of blocks with a code that is not zero
 
-  Exponents get() const { return {255 - behind, most}; }
+  Exponents get() const { return all.get().fit() ? all.get() : used.get(); }
 };
 Status find_exponents(const Rows& matrix, i32 rows, i32 cols, FoundExponents* found, gpu::Stream stream);
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fourmoe/fourmoe.hpp"
@@ -118,6 +119,77 @@ TEST(GpuApi, AgreesWithTheHostOnAStreamOfTheCaller) {
   device.wait(stream);
   EXPECT_LE(rel_l2(t.result(), t.y), 2e-4);
   cudaStreamDestroy(stream);
+}
+
+// The same weights, some of the codes and of the scales in the GPU's memory, and biases there.
+struct DeviceWeights {
+  explicit DeviceWeights(const Weights& weights) : experts(weights.experts), desc(weights.desc) {
+    const std::vector<float> values(kHidden, 0.25f);
+    for (int e = 0; e < kExperts; ++e) {
+      fourmoe_matrix* matrices[] = {&experts[e].gate, &experts[e].up, &experts[e].down};
+      for (int m = 0; m < 3; ++m) {
+        if ((e + m) % 2 == 0) matrices[m]->data = put(weights.codes[e]);
+        if ((e + m) % 4 != 0) matrices[m]->scales = put(weights.scales[e]);
+      }
+      experts[e].down_bias = put(values);
+    }
+    desc.expert_table = experts.data();
+  }
+  ~DeviceWeights() { destroy(); }
+  void destroy() {
+    for (auto [memory, bytes] : all) cudaMemset(memory, 0xff, bytes), cudaFree(memory);
+    all.clear();
+  }
+  template <class T>
+  T* put(const std::vector<T>& values) {
+    T* memory = upload(values);
+    all.emplace_back(memory, values.size() * sizeof(T));
+    return memory;
+  }
+  std::vector<std::pair<void*, std::size_t>> all;
+  std::vector<fourmoe_expert> experts;
+  fourmoe_layer_desc desc;
+};
+
+TEST(GpuApi, WeightsOfTheGpusMemoryMayBeFreed) {
+  if (!hopper_here()) GTEST_SKIP() << "needs a GPU of compute capability 9.0 as cuda:0";
+  Weights weights(1), other(2);
+  const std::vector<float> bias(kHidden, 0.25f);
+  for (Weights* one : {&weights, &other}) {
+    for (fourmoe_expert& expert : one->experts) expert.down_bias = bias.data();
+  }
+  fourmoe::Options options;
+  options.device = "cuda:0";
+  Tensors t;
+  const auto result = [&](fourmoe::Layer* layer) {
+    layer->run(t.call(true));
+    layer->wait();
+    return t.result();
+  };
+  fourmoe::Layer host = fourmoe::Layer::create(weights.desc, options);
+  DeviceWeights first(weights);
+  fourmoe::Layer device = fourmoe::Layer::create(first.desc, options);
+  first.destroy();
+  EXPECT_EQ(device.info().weight_bytes, host.info().weight_bytes);
+  EXPECT_EQ(result(&device), result(&host));
+
+  host.refit(other.desc);
+  DeviceWeights second(other);
+  device.refit(second.desc);
+  second.destroy();
+  EXPECT_EQ(result(&device), result(&host));
+
+  Weights bad(3);
+  bad.scales[5][7 * kHidden / 16 + 2] = 0xff;  // all of this expert's scales are the GPU's
+  const DeviceWeights third(bad);
+  try {
+    device.refit(third.desc);
+    FAIL() << "accepted";
+  } catch (const fourmoe::Error& error) {
+    EXPECT_EQ(error.name(), "scale_invalid");
+    EXPECT_STREQ(error.what(), "gate_scale, expert 5, has 0xff at [7, 2]: NaN or negative");
+  }
+  EXPECT_EQ(result(&device), result(&host));
 }
 
 TEST(GpuApi, RefusesHostMemoryAndReportsFaults) {
