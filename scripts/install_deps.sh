@@ -6,7 +6,7 @@ set -euo pipefail
 packages_of() {
   case "$1" in
     build) echo g++ cmake ninja-build libtbb-dev libfmt-dev nlohmann-json3-dev libcli11-dev ;;
-    test) echo libgtest-dev python3 pkg-config binutils ;;
+    test) echo libgtest-dev python3 pkg-config binutils spin ;;
     numpy) echo python3-numpy ;;
     python) echo python3-dev python3-venv python3-pip ;;
     check) echo clang-format-14 python3 ;;

@@ -1,0 +1,103 @@
+#!/bin/bash
+# Searches every interleaving of queue.pml: nothing is wrong in the protocol, and each mutant shows by what it breaks.
+# A line a search; ends with 77 where spin or a C compiler is missing. Usage: run.sh
+set -uo pipefail
+model=$(cd "$(dirname "$0")" && pwd)/queue.pml
+compiler=${CC:-cc}
+for needed in spin "$compiler"; do
+  command -v "$needed" > /dev/null || { echo "skipped: there is no $needed here"; exit 77; }
+done
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder" || exit
+failures=0
+
+# search LEVEL CHECK OPTION...: what spin says is in ./report. States take less than 1 GB.
+search() {
+  local level=$1 check=-DSAFETY look=()
+  [ "$2" = cycles ] && check=-DNP look=(-l)
+  shift 2
+  spin -a "$@" "$model" > report 2>&1 && "$compiler" "$level" -w "$check" -DMEMLIM=1000 -o pan pan.c \
+    >> report 2>&1 && ./pan ${look[@]+"${look[@]}"} -m100000 -w22 > report 2>&1
+}
+
+say() {
+  printf '%-4s %s: %s (%s states)\n' "$1" "$2" "$3" "$(sed -n 's/^ *\([0-9]*\) states, stored.*/\1/p' report)"
+  [ "$1" = ok ] || { cat report; failures=$((failures + 1)); }
+}
+
+# right CHECK WORDS OPTION...: nothing is wrong and the search was complete. CHECK is `wrong`, which looks for broken
+# claims and deadlocks; `all`, which also wants every statement of the model reached; `cycles`: no launch without an end.
+right() {
+  local check=$1 words=$2
+  shift 2
+  search -O1 "$check" "$@"
+  if ! grep -q 'errors: 0$' report || grep -Eq 'not completed|too small|out of memory' report; then
+    say FAIL "$words" "$(grep -m1 '^pan:1:' report)"
+  elif [ "$check" = all ] && grep -E 'queue\.pml:[0-9]+, state' report | grep -qv -- '-end-'; then
+    say FAIL "$words" "a statement is never reached"
+  else
+    say ok "$words" "nothing wrong"
+  fi
+}
+
+# What spin prints of each kind of finding.
+declare -A printed=(
+  ["deadlock"]='invalid end state'
+  ["a launch does not end"]='non-progress cycle'
+  ["a tile was done twice"]='\(executed\[tile\]\)'
+  ["columns are numbers of rows that were not there"]='wrong\[r\]'
+  ["a set was not clear"]='words\[.*==0'
+  ["blocks of one launch use two sets"]='set\[b\]==used'
+  ["a tile was not done"]='executed\[i\]'
+  ["gemm2 read what gemm1 had not stored"]='y\[hit\]=='
+  ["columns were not added up"]='summed\[i\]'
+  ["columns were added up before their parts"]='z\[r\]==hits'
+  ["a launch without its numbers is not marked"]='nan\[i\].*fault'
+)
+
+# mutant WORDS KIND OPTION...: the first thing found is of the kind.
+mutant() {
+  local words=$1 kind=$2 check=wrong
+  shift 2
+  [ "$kind" = "a launch does not end" ] && check=cycles
+  search -O0 "$check" "$@"
+  if grep -m1 '^pan:1:' report | grep -Eq "${printed[$kind]}"; then say ok "mutant: $words" "$kind"
+  else say FAIL "mutant: $words" "expected: $kind"; fi
+}
+
+right all "2 blocks, 0 to 2 hits, any wait given up" -DROWS=1 -DCOLUMNS=1
+right wrong "2 blocks, 0 to 2 hits" -DPATIENT
+right wrong "2 blocks, tiles of several rows, any wait given up" -DROWS=3 -DCOLUMNS=3 -DTALL=2 -DHITS=1
+right wrong "2 blocks, more tiles ahead" -DPATIENT -DAHEAD=2 -DHANDED=2 -DROWS=1 -DCOLUMNS=1 -DFEWEST=2
+right wrong "2 blocks, more tiles ahead, any wait given up" -DAHEAD=1 -DHANDED=1 -DCOLUMNS=1 -DHITS=1
+right wrong "3 blocks" -DPATIENT -DBLOCKS=3 -DHITS=1 -DROWS=1 -DCOLUMNS=1 -DFEWEST=1
+right wrong "3 blocks in 2 places, any wait given up" -DBLOCKS=3 -DPLACES=2 -DHITS=1 -DCOLUMNS=1
+right wrong "3 blocks in 2 places, 2 hits" -DPATIENT -DBLOCKS=3 -DPLACES=2 -DROWS=1 -DCOLUMNS=1 -DFEWEST=2
+right wrong "3 blocks in 1 place, any wait given up" -DBLOCKS=3 -DPLACES=1
+right cycles "every launch ends, any wait given up" -DHITS=1 -DROWS=1 -DCOLUMNS=1
+right cycles "every launch ends, 2 hits" -DPATIENT -DROWS=1 -DCOLUMNS=1 -DFEWEST=2
+
+# OUTCOMES: without the claims about the sets themselves.
+mutant "the other set is not cleared" "a set was not clear" -DMUTANT_NO_CLEAR
+mutant "the same" "a tile was not done" -DMUTANT_NO_CLEAR -DOUTCOMES
+mutant "the first to arrive turns the set" "blocks of one launch use two sets" -DMUTANT_FIRST_TURNS
+mutant "the same" "a tile was not done" -DMUTANT_FIRST_TURNS -DOUTCOMES
+mutant "a launch clears its own set" "a set was not clear" -DMUTANT_CLEAR_OWN
+mutant "the same" "columns were not added up" -DMUTANT_CLEAR_OWN -DOUTCOMES
+mutant "a block's first tile is its number" "deadlock" -DMUTANT_FIRST_GIVEN -DPATIENT -DPLACES=1
+mutant "the same, 3 blocks in 2 places" "deadlock" -DMUTANT_FIRST_GIVEN -DPATIENT -DBLOCKS=3 -DPLACES=2 -DROWS=1
+mutant "tiles are dealt in turn" "deadlock" -DMUTANT_DEALT -DPATIENT -DPLACES=1
+mutant "tiles of gemm2 come first" "deadlock" -DMUTANT_REVERSED -DPATIENT -DPLACES=1
+mutant "a block that gets no tile asks again" "a launch does not end" -DMUTANT_ENDLESS -DHITS=1
+mutant "gemm2 does not wait" "gemm2 read what gemm1 had not stored" -DMUTANT_NO_WAIT
+mutant "rows are reported before they are stored" "gemm2 read what gemm1 had not stored" -DMUTANT_EARLY_ROWS
+mutant "columns are reported before they are stored" "columns were added up before their parts" \
+  -DMUTANT_EARLY_COLUMNS -DROWS=1
+mutant "a ticket is a load and a store" "a tile was done twice" -DMUTANT_TORN_TICKET -DROWS=1
+mutant "a report is a load and a store" "columns were not added up" -DMUTANT_TORN -DROWS=1
+mutant "who gave up does not report" "columns were not added up" -DMUTANT_SILENT
+mutant "who gave up stores numbers" "columns are numbers of rows that were not there" -DMUTANT_NUMBERS
+mutant "who gave up does not mark the launch" "a launch without its numbers is not marked" -DMUTANT_UNMARKED
+
+[ "$failures" -eq 0 ] || { echo "searches that ended otherwise: $failures"; exit 1; }
