@@ -23,12 +23,18 @@ few+=':*EveryType*:*LogitsAre*:*Ties*:QuantisedTokens.*:*ComeQuantised*'
 few+=':PackingSmall.*:PackingRefusal.*:DeviceWeights.*Freed:DeviceWeights.Stacks*:DeviceWeights.Copies*'
 # racecheck sees shared memory alone: the GEMMs, picks and slots (few, many, given), logits.
 shared='*Gemms.Small*:DeviceRoute.SmallCalls:DeviceRoute.*OfEveryType:DeviceRows.LogitsAre*'
-for tool in memcheck synccheck initcheck racecheck; do
-  echo "== $tool"
-  filter=$few
+# At the same time: each mostly waits for the host.
+check_with() {
+  local tool=$1 filter=$few
   [ "$tool" = racecheck ] && filter=$shared
   timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 \
-    --gtest_filter="$filter" | tail -n 1
+    --gtest_filter="$filter" > "$build/$tool" 2>&1
+}
+declare -A sanitizers
+for tool in memcheck synccheck initcheck racecheck; do check_with "$tool" & sanitizers[$tool]=$!; done
+for tool in "${!sanitizers[@]}"; do
+  wait "${sanitizers[$tool]}" || { cat "$build/$tool" >&2; exit 1; }
+  echo "$tool: $(tail -n 1 "$build/$tool")"
 done
 
 echo "== a layer of the shipped model, and MXFP4 as gpt-oss and GGUF store it"
@@ -61,10 +67,14 @@ done > "$build/rows"
 python3 bench/sm90/record.py "$build/rows" --ceilings "$out/sm90-ceilings.json" --output "$out/sm90-gemms.json" \
   --plot "$out/sm90-gemms.svg"
 
-echo "== speed of whole layers"
-for shape in dsv3 qwen3-235b v4-flash qwen3-30b; do
-  "$build/fourmoe" bench --shape "$shape" --backend sm90 --tokens 1,8,64,512 --seconds 0.5 \
-    --output "$out/sm90-layer-$shape.json"
+echo "== speed of whole layers: given picks, then from logits, then with a shared expert"
+layer() { "$build/fourmoe" bench --backend sm90 --seconds 0.3 "${@:2}" --output "$out/sm90-layer-$1.json" | grep -E '^ +[0-9]'; }
+for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron-nano 2048,512,256,8; do
+  layer "${shape%%,*}" --shape "$shape" --tokens 1,2,4,8,16,64,512
+  layer "${shape%%,*}-logits" --shape "$shape" --tokens 1,2,4,8 --logits
+done
+for shape in dsv3 2048,512,512,10; do
+  layer "${shape%%,*}-shared" --shape "$shape" --tokens 1,8 --shared
 done
 
 echo "== choices of plans and tiles against the best of all"

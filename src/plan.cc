@@ -58,11 +58,17 @@ i64 scratch_bytes(const Plan& plan) {
   return most;
 }
 
-// What the step keeps, in whole cache lines.
-i64 kept_bytes(const Step& step, const Plan& plan) {
-  if (step.kept == nullptr) return 0;
-  const i64 bytes = step.kept(plan.problem, plan.machine);
-  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+// Parts for all steps that could be chosen: a choice may change, and what a step kept is where it was.
+void lay_out_kept(Plan* plan) {
+  plan->kept.assign(plan->steps.size(), -1);
+  for (const Candidate& candidate : plan->candidates) {
+    if (!candidate.verdict.accepted() || candidate.step->kept == nullptr) continue;
+    for (std::size_t i = 0; i < plan->steps.size(); ++i) {
+      if (plan->steps[i] == candidate.step) plan->kept[i] = plan->kept_bytes;
+    }
+    const i64 bytes = candidate.step->kept(plan->problem, plan->machine);
+    plan->kept_bytes += (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  }
 }
 
 bool asked_for(const Step& step, const Request& request) {
@@ -317,7 +323,7 @@ Status make(const Problem& problem, const Machine& machine, const Request& reque
   Carver carver(nullptr);
   lay_out(*out, &carver, &unused, scratch_bytes(*out));
   out->workspace_bytes = carver.used();
-  for (const Step* step : out->steps) out->kept_bytes += kept_bytes(*step, *out);
+  lay_out_kept(out);
   return {};
 }
 
@@ -362,12 +368,10 @@ Status run(const Plan& plan, Args args, Workspace workspace) {
   std::byte* scratch = lay_out(plan, &carver, &args, scratch_bytes(plan));
   if (args.picked.ids != nullptr) args.slots.ids = args.picked.ids;
   if (args.picked.weights != nullptr) args.slots.weights = args.picked.weights;
-  std::byte* kept = args.kept;
   for (std::size_t i = 0; i < plan.steps.size(); ++i) {
     const Step* step = plan.steps[i];
-    const Bound bound = {step, &args, scratch, step->kept == nullptr ? nullptr : kept, plan.variants[i].number};
-    if (Status status = step->run(bound); !status.ok()) return status;
-    if (kept != nullptr) kept += kept_bytes(*step, plan);
+    std::byte* kept = args.kept != nullptr && plan.kept[i] >= 0 ? args.kept + plan.kept[i] : nullptr;
+    if (Status status = step->run({step, &args, scratch, kept, plan.variants[i].number}); !status.ok()) return status;
   }
   return {};
 }

@@ -45,7 +45,8 @@ struct Plan {
   std::vector<Candidate> candidates;  // every step of list.cc, in its order
   std::string backend;                // room of the chosen GEMMs
   i64 workspace_bytes = 0;            // for problem.max_tokens
-  i64 kept_bytes = 0;                 // that steps keep between the calls that share a workspace
+  i64 kept_bytes = 0;                 // that steps keep between the calls that share a workspace, whichever are chosen
+  std::vector<i64> kept;              // where each step's part of it begins; -1: it keeps nothing
 
   bool takes_shared() const;  // a step computes the layer's shared expert with the routed ones
 };

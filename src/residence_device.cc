@@ -6,8 +6,8 @@
 #include <new>
 
 #include "gpu/fault.h"
+#include "gpu/kept.h"
 #include "gpu/runtime.h"
-#include "kept.h"
 #include "residence.h"
 #include "route/shared.h"
 #include "weights/device_packed.h"
@@ -116,7 +116,8 @@ class DeviceResidence final : public Residence {
     }
     if (visit->call.hidden.rows > most_tokens_) split_ = true;
     Status status = visit->workspace.data != nullptr ? Status{} : lend_workspace(visit);
-    return status.ok() ? kept_->find(visit->workspace.data, visit->call.stream, &visit->kept) : status;
+    if (status.ok()) visit->kept = kept_->find(visit->workspace.data);
+    return status;
   }
 
   Status leave(Visit* visit) override {
@@ -267,7 +268,7 @@ class DeviceResidence final : public Residence {
   weights::DeviceTable shared_table_;  // of one_table_: the last entry
   std::optional<weights::DevicePacked> packed_;
   std::optional<weights::DevicePacked> packed_shared_;
-  std::optional<Kept> kept_;
+  std::optional<gpu::Kept> kept_;
   std::mutex own_workspace_mutex_;
   gpu::Buffer own_workspace_;  // made at the first call that brings none; anew when Layer::choose made it too small
   gpu::Event own_workspace_done_;

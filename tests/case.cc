@@ -108,6 +108,19 @@ void pick_distinct(const Spec& spec, Random* random, i32* ids) {
   }
 }
 
+// Normal, but for the picks, which lie above all others, the first highest.
+std::vector<f32> logits_of(const Spec& spec, const std::vector<i32>& ids, Random* random) {
+  const Problem& p = spec.problem;
+  std::normal_distribution<f32> normal;
+  std::vector<f32> logits(i64{spec.tokens} * p.experts);
+  std::generate(logits.begin(), logits.end(), [&] { return std::min(normal(*random), 4.0f); });
+  for (i64 pick = 0; pick < std::ssize(ids); ++pick) {
+    const f32 rank = static_cast<f32>(pick % p.top_k) / static_cast<f32>(p.top_k);
+    logits[pick / p.top_k * p.experts + ids[pick]] = 6.0f - rank;
+  }
+  return logits;
+}
+
 }  // namespace
 
 Problem problem(i32 hidden, i32 inter, i32 experts, i32 top_k) {
@@ -150,6 +163,7 @@ Call::Call(const Spec& s) : spec(s) {
   std::generate(weights.begin(), weights.end(), [&] { return weight(random); });
   if (s.routes == Routes::one_expert) return;
   for (i32 t = 0; t < s.tokens; ++t) pick_distinct(s, &random, ids.data() + i64{t} * s.problem.top_k);
+  if (s.by_logits) logits = logits_of(s, ids, &random);
   if (s.routes != Routes::holes) return;
   for (i32& id : ids) id = random() % 3 == 0 ? -1 : id;
 }
@@ -159,8 +173,12 @@ LayerCall Call::view(std::vector<u8>* output, Dtype dtype) const {
   output->assign(i64{spec.tokens} * p.hidden * format::dtype_bytes(dtype), 0xff);  // NaN in every float type
   LayerCall call;
   call.hidden = {const_cast<u8*>(hidden.data()), spec.hidden, spec.tokens, p.hidden, p.hidden};
-  call.ids = {const_cast<i32*>(ids.data()), Dtype::i32, spec.tokens, p.top_k, p.top_k};
-  call.weights = {const_cast<f32*>(weights.data()), Dtype::f32, spec.tokens, p.top_k, p.top_k};
+  if (spec.by_logits) {
+    call.logits = {const_cast<f32*>(logits.data()), Dtype::f32, spec.tokens, p.experts, p.experts};
+  } else {
+    call.ids = {const_cast<i32*>(ids.data()), Dtype::i32, spec.tokens, p.top_k, p.top_k};
+    call.weights = {const_cast<f32*>(weights.data()), Dtype::f32, spec.tokens, p.top_k, p.top_k};
+  }
   call.output = {output->data(), dtype, spec.tokens, p.hidden, p.hidden};
   return call;
 }

@@ -25,6 +25,7 @@ struct Spec {
   f32 amplitude = 1.0f;  // standard deviation of the hidden states
   format::Dtype hidden = format::Dtype::bf16;
   bool biases = false;
+  bool by_logits = false;  // a call brings router logits, of which its ids are the best, instead of ids and weights
 };
 
 // A plain SwiGLU problem with softmax routing: the usual start of a Spec.
@@ -44,6 +45,7 @@ class Call {
   std::vector<u8> hidden;    // [tokens, hidden] spec.hidden
   std::vector<i32> ids;      // [tokens, top_k]
   std::vector<f32> weights;  // [tokens, top_k]
+  std::vector<f32> logits;   // [tokens, experts] of by_logits
   Spec spec;
 };
 

@@ -30,6 +30,7 @@ struct Options {
   std::string precision = "w4a16";
   int threads = 0;
   f64 seconds = 1.0;
+  bool logits = false;
   bool json = false;
   std::string output;
 };
@@ -60,7 +61,7 @@ struct Result {
 };
 
 // Calls that take turns: a call reads few of a layer's experts, so as many calls as read kColdBytes before one returns.
-std::vector<cases::Call> make_calls(const Problem& problem, i32 tokens, Routes routes) {
+std::vector<cases::Call> make_calls(const Problem& problem, i32 tokens, Routes routes, bool by_logits) {
   constexpr i64 kLeastCalls = 4;
   const i64 most_active = std::min<i64>(i64{tokens} * problem.top_k, problem.experts);
   const i64 bytes = std::max<i64>(1, most_active * cases::expert_bytes(problem));
@@ -71,6 +72,7 @@ std::vector<cases::Call> make_calls(const Problem& problem, i32 tokens, Routes r
     spec.problem = problem;
     spec.tokens = tokens;
     spec.routes = routes;
+    spec.by_logits = by_logits;
     spec.seed = static_cast<u64>(i) + 1;
     calls.emplace_back(spec);
   }
@@ -78,21 +80,25 @@ std::vector<cases::Call> make_calls(const Problem& problem, i32 tokens, Routes r
 }
 
 // Runs the case for the time given, at least five times; inputs and layers change from run to run.
-Result measure(Rotation* rotation, i32 tokens, Routes routes, f64 budget, Progress* progress) {
+Result measure(const Options& options, Rotation* rotation, i32 tokens, Routes routes, Progress* progress) {
   Result result;
   result.tokens = tokens;
   result.routes = routes;
   const Problem& problem = rotation->at(0).problem();
-  const std::vector<cases::Call> calls = make_calls(problem, tokens, routes);
+  const std::vector<cases::Call> calls = make_calls(problem, tokens, routes, options.logits);
   for (const cases::Call& call : calls) {
     result.active_experts += static_cast<f64>(cases::active_experts(call.ids)) / static_cast<f64>(calls.size());
   }
   result.bytes = result.active_experts * static_cast<f64>(cases::expert_bytes(problem));
   result.flops = cases::flops(problem, i64{tokens} * problem.top_k);
+  if (const auto& shared = rotation->at(0).weights().shared) {
+    result.bytes += static_cast<f64>(cases::expert_bytes(shared->problem));
+    result.flops += cases::flops(shared->problem, tokens);
+  }
   const auto show = [&] { progress->show(fmt::format("{} tokens, {} routing", tokens, result.routing())); };
   show();
-  result.seconds = rotation->on_device() ? time_on_device(rotation->layers, calls, budget)
-                                         : time_on_host(rotation, calls, budget, show);
+  result.seconds = rotation->on_device() ? time_on_device(rotation->layers, calls, options.seconds)
+                                         : time_on_host(rotation, calls, options.seconds, show);
   return result;
 }
 
@@ -103,6 +109,7 @@ std::string repeat_words(const Options& options, i32 tokens) {
   if (!options.device.empty()) words += " --device " + options.device;
   words += fmt::format(" --tokens {} --backend {} --precision {} --threads {} --seconds {:g}", tokens, options.backend,
                        options.precision, options.threads, options.seconds);
+  if (options.logits) words += " --logits";
   return words;
 }
 
@@ -242,7 +249,7 @@ int run(const Options& options) {
     }
     for (const int tokens : options.tokens) {
       for (const Routes routes : {Routes::random, Routes::skewed}) {
-        results.push_back(measure(&rotation, tokens, routes, options.seconds, &progress));
+        results.push_back(measure(options, &rotation, tokens, routes, &progress));
       }
     }
   }
@@ -272,6 +279,9 @@ Command add_bench(CLI::App& app) {
   sub->add_option("--seconds", options->seconds, "time for each case, at least five runs")
       ->check(within(0.0, 3600.0))
       ->capture_default_str();
+  sub->add_flag("--shared", options->subject.shared,
+                "with the checkpoint's shared expert, or one of the shape of the routed ones");
+  sub->add_flag("--logits", options->logits, "calls bring router logits, so that choosing experts is measured too");
   sub->add_flag("--json", options->json, "print one JSON object");
   sub->add_option("--output", options->output, "write the JSON object to this file too")->type_name("FILE");
   std::string footer = "Shapes (hidden, inter, experts, top-k of the routed experts):\n";

@@ -55,18 +55,27 @@ format::Matrix window(const Pool& pool, const Problem& p, i32 rows, i32 cols, st
   return matrix;
 }
 
-checkpoint::Layer random_weights(const Problem& p, const std::shared_ptr<Pool>& pool, u64 seed) {
+weights::Expert random_expert(const Problem& p, const Pool& pool, std::mt19937_64* random) {
+  weights::Expert expert;
+  if (p.activation.gated()) expert.gate = window(pool, p, p.inter, p.hidden, random);
+  expert.up = window(pool, p, p.inter, p.hidden, random);
+  expert.down = window(pool, p, p.hidden, p.inter, random);
+  expert.input_scale = 5.0f / format::kNvfp4Max;
+  expert.inter_scale = 4.0f / format::kNvfp4Max;
+  return expert;
+}
+
+checkpoint::Layer random_weights(const Problem& p, const std::shared_ptr<Pool>& pool, u64 seed, bool shared) {
   std::mt19937_64 random(seed);
   checkpoint::Layer layer;
   layer.problem = p;
-  for (i32 e = 0; e < p.local_experts; ++e) {
-    weights::Expert expert;
-    if (p.activation.gated()) expert.gate = window(*pool, p, p.inter, p.hidden, &random);
-    expert.up = window(*pool, p, p.inter, p.hidden, &random);
-    expert.down = window(*pool, p, p.hidden, p.inter, &random);
-    expert.input_scale = 5.0f / format::kNvfp4Max;
-    expert.inter_scale = 4.0f / format::kNvfp4Max;
-    layer.experts.push_back(expert);
+  for (i32 e = 0; e < p.local_experts; ++e) layer.experts.push_back(random_expert(p, *pool, &random));
+  if (shared) {
+    Problem one = p;
+    one.experts = one.local_experts = one.top_k = 1;
+    one.routing = {};
+    one.routing.score = Score::none;
+    layer.shared = checkpoint::Layer::Shared{one, random_expert(p, *pool, &random), {}};
   }
   layer.owner = pool;
   return layer;
@@ -115,7 +124,7 @@ void add_of_checkpoint(const Subject& subject, const LayerOptions& how, Progress
     index = info.layers.front().index;
   }
   checkpoint::Layer weights = checkpoint.load(index, *how.executor);
-  weights.shared.reset();  // the figures are those of the routed experts
+  if (!subject.shared) weights.shared.reset();  // the figures are those of the routed experts
   const i64 copies = copies_to_be_cold(cases::expert_bytes(weights.problem) * weights.problem.local_experts, store);
   for (i64 i = 0; i < copies; ++i) {
     progress->show_count("packing weights", i, copies);
@@ -133,7 +142,7 @@ void add_random(const Subject& subject, const LayerOptions& how, Progress* progr
   const i64 copies = copies_to_be_cold(cases::expert_bytes(problem) * problem.local_experts, store);
   for (i64 i = 0; i < copies; ++i) {
     progress->show_count("packing weights", i, copies);
-    add_layer(rotation, random_weights(problem, pool, static_cast<u64>(i) + 1), how);
+    add_layer(rotation, random_weights(problem, pool, static_cast<u64>(i) + 1, subject.shared), how);
   }
   rotation->weights = fmt::format("random, {}", subject.shape);
 }
@@ -143,6 +152,7 @@ void add_random(const Subject& subject, const LayerOptions& how, Progress* progr
 std::string Subject::words() const {
   std::string words = path.empty() ? "--shape " + shape : path;
   if (layer >= 0) words += fmt::format(" --layer {}", layer);
+  if (shared) words += " --shared";
   return words;
 }
 

@@ -26,9 +26,10 @@ struct Rotation {
 
 // What to measure: random weights of a shape, or the weights of a checkpoint's layer.
 struct Subject {
-  std::string path;   // of a checkpoint; empty: the shape
-  std::string shape;  // see parse_shape
-  int layer = -1;     // of the checkpoint; -1: its first MoE layer
+  std::string path;     // of a checkpoint; empty: the shape
+  std::string shape;    // see parse_shape
+  int layer = -1;       // of the checkpoint; -1: its first MoE layer
+  bool shared = false;  // with the checkpoint's shared expert, or one of the shape of the routed ones
 
   std::string words() const;  // as arguments of the command
 };

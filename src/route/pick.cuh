@@ -118,22 +118,22 @@ __device__ __forceinline__ void mask_groups(const Problem& problem, const Team& 
   __syncwarp();
 }
 
-struct Choice {
+struct Keyed {
   u64 key;
   i32 expert;
 };
 
 // The lane's two best; a key that is taken stands for one that is not known.
 struct Best {
-  Choice first;
-  Choice second;
+  Keyed first;
+  Keyed second;
 };
 
 __device__ __forceinline__ Best best_of_lane(const u64* keys, i32 experts, u32 lane) {
   Best best = {{kTakenKey, experts}, {kTakenKey, experts}};
 #pragma unroll 1
   for (i32 e = lane; e < experts; e += 32) {
-    const Choice choice = {keys[e], e};
+    const Keyed choice = {keys[e], e};
     if (choice.key > best.first.key) best = {choice, best.first};
     else if (choice.key > best.second.key) best.second = choice;
   }
@@ -141,7 +141,7 @@ __device__ __forceinline__ Best best_of_lane(const u64* keys, i32 experts, u32 l
 }
 
 // The lane whose first choice is the largest, ties to the lower expert.
-__device__ __forceinline__ i32 best_lane(const Choice& choice) {
+__device__ __forceinline__ i32 best_lane(const Keyed& choice) {
   const u32 high = static_cast<u32>(choice.key >> 32);
   u32 winners = __ballot_sync(kAll, high == __reduce_max_sync(kAll, high));
   if (__popc(winners) == 1) return __ffs(static_cast<int>(winners)) - 1;
@@ -172,7 +172,7 @@ __device__ __forceinline__ i32 take_best(u64* keys, i32 experts, i32 top_k, u32 
 
 // Everything in f64. `sync` meets all warps of the team; teams of a block keep step.
 template <class Sync>
-__device__ __forceinline__ Pick pick_exactly(const DeviceSlots& a, const Team& team, Sync sync) {
+__device__ __forceinline__ Choice choose_exactly(const DeviceSlots& a, const Team& team, Sync sync) {
   const Problem& problem = a.problem;
   const bool real = team.token >= 0;
   if (real) survey_logits(a, team);
@@ -190,14 +190,14 @@ __device__ __forceinline__ Pick pick_exactly(const DeviceSlots& a, const Team& t
   if (!isfinite(largest)) return refuse_token(a, team, gpu::FaultKind::logits, 0);
   if (problem.routing.groups_kept < problem.routing.groups) mask_groups(problem, team);
   const i32 id = take_best(team.keys, problem.experts, problem.top_k, team.lane);
-  return {id, weigh(problem.routing, id < 0 ? 0.0 : team.scores[id], problem.top_k)};
+  return {id, id < 0 ? 0.0 : team.scores[id]};
 }
 
 // One warp where a screen can be had, in f64 too if the screen cannot tell.
 template <class Sync>
-__device__ __forceinline__ Pick pick_from_logits(const DeviceSlots& a, const Team& team, Sync sync) {
+__device__ __forceinline__ Choice choose_by_logits(const DeviceSlots& a, const Team& team, Sync sync) {
   Team exact = team;
-  const bool alone = can_screen(a);
+  const bool alone = team.screened;
   if (alone) {
     if (team.rank != 0 || team.token < 0) return {};
     const Screened found = screen_token(a, team);
@@ -206,7 +206,7 @@ __device__ __forceinline__ Pick pick_from_logits(const DeviceSlots& a, const Tea
     __syncwarp();
     exact.warps = 1;
   }
-  return pick_exactly(a, exact, [=] {
+  return choose_exactly(a, exact, [=] {
     if (alone) __syncwarp();
     else sync();
   });
@@ -218,7 +218,7 @@ __device__ __forceinline__ i64 read_id(const DeviceSlots& a, i32 token, u32 posi
                                               : i64{reinterpret_cast<const i32*>(row)[position]};
 }
 
-__device__ __forceinline__ Pick copy_picks(const DeviceSlots& a, const Team& team) {
+__device__ __forceinline__ Choice copy_picks(const DeviceSlots& a, const Team& team) {
   const bool real = team.lane < static_cast<u32>(a.problem.top_k);
   const i64 id = real ? read_id(a, team.token, team.lane) : -1;
   const u32 bad = __ballot_sync(kAll, id < -1 || id >= a.problem.experts);
@@ -227,11 +227,16 @@ __device__ __forceinline__ Pick copy_picks(const DeviceSlots& a, const Team& tea
   return {static_cast<i32>(id), gpu::read(a.in.weights.row(team.token), a.in.weights.dtype, team.lane)};
 }
 
+template <class Sync>
+__device__ __forceinline__ Choice choose(const DeviceSlots& a, const Team& team, Sync sync) {
+  if (a.in.logits.data != nullptr) return choose_by_logits(a, team, sync);
+  return team.token >= 0 && team.rank == 0 ? copy_picks(a, team) : Choice{};
+}
+
 // What has_pick() lanes then write.
 template <class Sync>
 __device__ __forceinline__ Pick pick_token(const DeviceSlots& a, const Team& team, Sync sync) {
-  if (a.in.logits.data != nullptr) return pick_from_logits(a, team, sync);
-  return team.token >= 0 && team.rank == 0 ? copy_picks(a, team) : Pick{};
+  return weigh_choice(a, choose(a, team, sync));
 }
 
 // One thread, after all picks of the call and before its end: the value that the sentence names.

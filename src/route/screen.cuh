@@ -238,14 +238,15 @@ __device__ __forceinline__ i32 rank_of(const Team& team, i32 candidates, f64 cho
   const Candidate* list = reinterpret_cast<const Candidate*>(team.keys);
   i32 rank = 0;
 #pragma unroll 4
-  for (i32 j = 0; j < candidates; ++j) {
-    rank += team.scores[j] > choice || (team.scores[j] == choice && list[j].expert < expert);
+  for (i32 j = 0; j < candidates; ++j) {  // without branches: lanes would take turns
+    const f64 other = team.scores[j];
+    rank += static_cast<i32>(other > choice) | (static_cast<i32>(other == choice) & (list[j].expert < expert));
   }
   return rank;
 }
 
-// Candidates, a lane each, to picks.
-__device__ __forceinline__ Pick rank_candidates(const DeviceSlots& a, const Team& team, const Screened& found) {
+// Candidates, a lane each, to choices.
+__device__ __forceinline__ Choice rank_candidates(const DeviceSlots& a, const Team& team, const Screened& found) {
   const i32 lane = static_cast<i32>(team.lane);
   const Routing& routing = a.problem.routing;
   Candidate* list = reinterpret_cast<Candidate*>(team.keys);
@@ -265,7 +266,7 @@ __device__ __forceinline__ Pick rank_candidates(const DeviceSlots& a, const Team
   if (picked) team.scores[rank] = score, list[rank].expert = mine.expert;
   __syncwarp();
   const bool has = lane < a.problem.top_k;
-  return {has ? list[lane].expert : -1, weigh(routing, has ? team.scores[lane] : 0.0, a.problem.top_k)};
+  return {has ? list[lane].expert : -1, has ? team.scores[lane] : 0.0};
 }
 
 __device__ __forceinline__ Screened screen_token(const DeviceSlots& a, const Team& team) {

@@ -18,12 +18,18 @@ constexpr i32 kFewBytes = 96 << 10;     // asked for, for few tokens
 constexpr i32 kClusterBlocks = 8;       // what every device with clusters allows
 constexpr i32 kBlockTokens = 8;         // screened in one block before there are two
 
-__global__ void __launch_bounds__(kPickWarps * 32, 3) pick_tokens(const __grid_constant__ DeviceSlots a) {
+struct Picking {
+  DeviceSlots slots;
+  bool screened;
+};
+
+__global__ void __launch_bounds__(kPickWarps * 32, 3) pick_tokens(const __grid_constant__ Picking call) {
   extern __shared__ u64 shared[];
   gpu::begin();
+  const DeviceSlots& a = call.slots;
   const i32 warp = gpu::isa::uniform(threadIdx.x / 32);
   const i32 token = blockIdx.x * (blockDim.x / 32) + warp;
-  Team team = {token < a.tokens ? token : -1, 0, 1, threadIdx.x % 32};
+  Team team = {token < a.tokens ? token : -1, 0, 1, call.screened, threadIdx.x % 32};
   place_team(a.problem, shared, warp, &team);
   write_pick(a, team, pick_token(a, team, [] { __syncwarp(); }));
 }
@@ -33,6 +39,7 @@ struct Few {
   DeviceSlots slots;
   i32 tokens;  // of a block, at most kMaxWarps
   i32 warps;   // of a team
+  bool screened;
 };
 
 __device__ Team team_of(const Few& few, u64* memory) {
@@ -40,7 +47,7 @@ __device__ Team team_of(const Few& few, u64* memory) {
   const i32 index = warp / few.warps;
   const i32 token = blockIdx.x * few.tokens + index;
   const bool real = index < few.tokens && token < few.slots.tokens;
-  Team team = {real ? token : -1, warp % few.warps, few.warps, threadIdx.x % 32};
+  Team team = {real ? token : -1, warp % few.warps, few.warps, few.screened, threadIdx.x % 32};
   place_team(few.slots.problem, memory, real ? index : 0, &team);
   return team;
 }
@@ -195,7 +202,7 @@ bool can_pick_few(const DeviceSlots& args) {
 
 Status launch_pick_few(const DeviceSlots& args, void* stream) {
   const i32 tokens = block_tokens(args);
-  Few few = {args, tokens, can_screen(args) ? 1 : kMaxWarps};
+  Few few = {args, tokens, can_screen(args) ? 1 : kMaxWarps, can_screen(args)};
   while (few.warps * tokens > kMaxWarps) few.warps /= 2;
   const i32 blocks = few_blocks(args);
   const i32 bytes = pick_few_bytes(args, tokens);
@@ -216,7 +223,8 @@ Status launch_take_few(const DeviceSlots& args, void* stream) {
 Status launch_pick(const DeviceSlots& args, void* stream) {
   const i32 bytes = 8 * team_words(args.problem);
   const i32 warps = std::clamp(kSharedBytes / bytes, 1, kPickWarps);
-  return gpu::launch("pick", pick_tokens, {(args.tokens + warps - 1) / warps, warps * 32, warps * bytes}, args, stream);
+  return gpu::launch("pick", pick_tokens, {(args.tokens + warps - 1) / warps, warps * 32, warps * bytes},
+                     Picking{args, can_screen(args)}, stream);
 }
 
 Status launch_sort(const DeviceSlots& args, void* stream) {

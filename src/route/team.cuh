@@ -15,9 +15,10 @@ inline constexpr i32 kMaxWarps = 16;  // of a block
 
 // The warps that share a token, and where they meet.
 struct Team {
-  i32 token;  // -1 for none: the team only keeps step
-  i32 rank;   // of this warp
-  i32 warps;  // of the team
+  i32 token;      // -1 for none: the team only keeps step
+  i32 rank;       // of this warp
+  i32 warps;      // of the team
+  bool screened;  // can_screen(), which the host has asked: it divides
   u32 lane;
   f64* scores;   // [experts] s_e; shared memory, as all below
   u64* keys;     // [experts] of c_e
@@ -71,11 +72,21 @@ __device__ __forceinline__ i32 local_of(const DeviceSlots& a, i32 id) {
   return id < 0 || local < 0 || local >= a.problem.local_experts ? -1 : local;
 }
 
-// What lane p of a team's first warp has of pick p.
+// What lane p of a team's first warp has of pick p: first its score, which is the weight where the caller gives that.
+struct Choice {
+  i32 id = -1;
+  f64 score = 0.0;
+};
 struct Pick {
   i32 id = -1;
   f32 weight = 0.0f;
 };
+
+// The first warp. Apart from the choice, since that others wait for.
+__device__ __forceinline__ Pick weigh_choice(const DeviceSlots& a, const Choice& choice) {
+  if (a.in.logits.data == nullptr) return {choice.id, static_cast<f32>(choice.score)};
+  return {choice.id, weigh(a.problem.routing, choice.score, a.problem.top_k)};
+}
 
 __device__ __forceinline__ bool has_pick(const DeviceSlots& a, const Team& team) {
   return team.token >= 0 && team.rank == 0 && team.lane < static_cast<u32>(a.problem.top_k);
@@ -91,11 +102,11 @@ __device__ __forceinline__ void write_pick(const DeviceSlots& a, const Team& tea
   a.out.weights[pick_index(a, team)] = pick.weight;
 }
 
-__device__ __forceinline__ Pick refuse_token(const DeviceSlots& a, const Team& team, gpu::FaultKind kind,
-                                             i32 position) {
+__device__ __forceinline__ Choice refuse_token(const DeviceSlots& a, const Team& team, gpu::FaultKind kind,
+                                               i32 position) {
   const u64 key = gpu::fault_key(kind, team.token, position);
   if (team.lane == 0) atomicMin(reinterpret_cast<unsigned long long*>(&a.fault->first), key);
-  return {kRefused, 0.0f};
+  return {kRefused, 0.0};
 }
 
 }  // namespace fourmoe::route

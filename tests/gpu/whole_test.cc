@@ -154,15 +154,21 @@ TEST_P(EveryForm, RefusesTheSameTokens) {
 INSTANTIATE_TEST_SUITE_P(Device, EveryForm, ::testing::ValuesIn(forms()),
                          [](const auto& at) { return std::string(at.param.name); });
 
-class SharedExpert : public ::testing::TestWithParam<bool> {};
+struct SharedForm {
+  const char* name;
+  bool gated;
+  i32 inter;  // that of the routed experts is 96: others have a table and a plan of their own
+};
 
-TEST_P(SharedExpert, InTheOneLaunchGivesTheBitsOfItsOwnPlan) {
+class SharedExpert : public ::testing::TestWithParam<SharedForm> {};
+
+TEST_P(SharedExpert, GivesTheSameBitsInEveryPlan) {
   FOURMOE_NEEDS_HOPPER();
-  const bool gated = GetParam();
+  const auto [name, gated, inter] = GetParam();
   Spec s;
   s.problem = cases::problem(320, 96, 32, 4);
   checkpoint::Layer weights = cases::random_layer(s.problem, 1, true);
-  const checkpoint::Layer extra = cases::random_layer(cases::problem(320, 96, 1, 1), 77, true);
+  const checkpoint::Layer extra = cases::random_layer(cases::problem(320, inter, 1, 1), 77, true);
   std::vector<u16> gate(320);
   std::mt19937_64 random(5);
   std::normal_distribution<f32> normal(0.0f, 0.1f);
@@ -185,6 +191,8 @@ TEST_P(SharedExpert, InTheOneLaunchGivesTheBitsOfItsOwnPlan) {
     const Result split = run(&layer, kSplit, call, nullptr);
     EXPECT_TRUE(split.status.ok()) << split.status.detail;
     EXPECT_EQ(run(&layer, kWhole, call, nullptr), split) << tokens;
+    EXPECT_EQ(run(&layer, kSplit, call, nullptr), split) << tokens;  // of a shared expert apart: beside what whole kept
+    EXPECT_EQ(run(&layer, kWhole, call, nullptr), split) << tokens;
   }
   LayerOptions host = options();
   host.device = -1;
@@ -201,7 +209,10 @@ TEST_P(SharedExpert, InTheOneLaunchGivesTheBitsOfItsOwnPlan) {
   EXPECT_LE(cases::rel_l2(a, b), cases::bound(s.problem));
 }
 
-INSTANTIATE_TEST_SUITE_P(Device, SharedExpert, ::testing::Bool());
+INSTANTIATE_TEST_SUITE_P(Device, SharedExpert,
+                         ::testing::Values(SharedForm{"plain", false, 96}, SharedForm{"gated", true, 96},
+                                           SharedForm{"narrower", true, 64}),
+                         [](const auto& at) { return std::string(at.param.name); });
 
 // Each has counters of its own; a graph may capture a workspace that has none, and then clears some.
 TEST(OneLaunch, WorkspacesComeInAnyNumber) {

@@ -450,6 +450,13 @@ class Bench(Case):
                 self.succeeds("bench", "--shape", shape, "--tokens", 2, "--seconds", 0, "--precision", precision)
         self.refuses(1, "shape_unsupported", "bench", "--shape", "65,32,4,2", "--tokens", 1)
 
+    def test_bench_counts_the_shared_expert_and_takes_logits(self):
+        asked = ("bench", "--shape", "64,32,4,2", "--tokens", 1, "--seconds", 0)
+        plain, shared = (self.object_of(*asked, *more)["cases"][0] for more in ((), ("--shared", "--logits")))
+        self.assertEqual(2 * shared["bytes"], 3 * plain["bytes"])  # two picks, and the shared expert
+        self.assertTrue(shared["command"].endswith("--shared --tokens 1 --backend auto --precision w4a16 --threads 0 "
+                                                   "--seconds 0 --logits"), shared["command"])
+
 
 class Tune(Case):
     def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(self):

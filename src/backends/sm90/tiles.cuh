@@ -278,19 +278,6 @@ __device__ __forceinline__ void hand_over(Shared<T>& shared, int turn, int steps
   if (thread % 32 == 0) gpu::isa::barrier_arrive(&shared.handed.ring.full[place]);
 }
 
-// The epilogue's warpgroup: the sums of row tile r of a tile's block; of groups that split K, in order of the groups.
-template <class T>
-__device__ __forceinline__ void take_over(const Shared<T>& shared, int turn, int r, f32 (&d)[4]) {
-  const auto& sums = shared.handed.sums[turn % T::kHanded];
-  float4 sum = sums[r][threadIdx.x % 128];
-#pragma unroll
-  for (int group = 1; group < (T::kSplit ? T::kGroups : 1); ++group) {
-    const float4 other = sums[group][threadIdx.x % 128];
-    sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
-  }
-  d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
-}
-
 // A warpgroup: its row tiles' sums to the job.
 template <class T, int kWidth, class Job, int kCount>
 __device__ __forceinline__ void store(const Job& job, const gpu::Tile& tile, f32 (&d)[T::kRows][kCount]) {
@@ -311,14 +298,25 @@ __device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, gpu::
     const int steps = job.operands(kWidth).steps;
     f32 d[T::kRows][kSlots / 2];
     multiply<T, kSlots>(shared, cursor, steps, d);
-    if constexpr (T::kHanded > 0) {
-      hand_over(shared, (*turn)++, steps, d);
-    } else {
-      if constexpr (T::kSplit) {
-        if (!join<T, kSlots>(shared, (*turn)++, steps, d)) continue;
-      }
-      store<T, kWidth>(job, reader->peek(), d);
+    if constexpr (T::kSplit) {
+      if (!join<T, kSlots>(shared, (*turn)++, steps, d)) continue;
     }
+    store<T, kWidth>(job, reader->peek(), d);
+  }
+}
+
+// A warpgroup: all tiles, whose widths have one N, in one loop: another's code would have to be fetched where it waits.
+template <class T, class Job>
+__device__ __forceinline__ void consume_alike(Shared<T>& shared, const Job& job) {
+  gpu::Reader<T::kFeed> reader(shared.feed);
+  gpu::Cursor<T::kStages> cursor;
+  int turn = 0;  // tiles so far
+  for (int width = reader.peek().width; width < T::kWidths; width = reader.peek().width, ++turn) {
+    const int steps = job.operands(width).steps;
+    f32 d[T::kRows][T::kMost / 2];
+    multiply<T, T::kMost>(shared, &cursor, steps, d);
+    hand_over(shared, turn, steps, d);
+    reader.pop();
   }
 }
 
@@ -348,8 +346,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
   __syncthreads();
   const int warp = gpu::isa::uniform(threadIdx.x / 32);
   if (warp < kConsumers) {
-    if constexpr (T::kHanded == 0) gpu::isa::registers_take<T::kConsumerRegisters>();
-    consume(shared, job, std::make_integer_sequence<int, T::kWidths>());
+    if constexpr (T::kHanded == 0) {
+      gpu::isa::registers_take<T::kConsumerRegisters>();
+      consume(shared, job, std::make_integer_sequence<int, T::kWidths>());
+    } else {
+      consume_alike<T>(shared, job);
+    }
   } else if (warp < kConsumers + 4) {
     gpu::isa::registers_give<T::kLoaderRegisters>();
     if (warp == kConsumers) load_weights<T>(shared, job);

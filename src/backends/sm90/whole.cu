@@ -40,7 +40,8 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
                   call.work.y,         nullptr,         problem.inter};
   job.project = {table.gemm2_globals, table.down_bias, call.work.z, problem.hidden};
   job.slots = call.slots;
-  job.team_warps = route::can_screen(call.slots) || call.slots.tokens > 2 ? 1 : 4 / call.slots.tokens;
+  job.screened = route::can_screen(call.slots);
+  job.team_warps = job.screened || call.slots.tokens > 2 ? 1 : 4 / call.slots.tokens;
   job.shared_expert = call.shared;
   job.queue = {queue_shape(problem, multiprocessors), call.work.queue};
   job.wait_cycles = call.wait_cycles;

@@ -44,7 +44,21 @@ struct Found {
   Hit list[kMostHits];        // the shared expert, then the experts hit, ascending
   i32 row[kFewTokens * 32];   // of z, of each pick; negative for none
   f32 weight[kFewTokens * 32];
+  f64 score[kFewTokens * 32];  // what weights are made of, once the list is on its way
 };
+
+// The epilogue's warpgroup: the sums of row tile r of a tile's block; of groups that split K, in order of the groups.
+template <class T>
+__device__ __forceinline__ void take_over(const Shared<T>& shared, int turn, int r, f32 (&d)[4]) {
+  const auto& sums = shared.handed.sums[turn % T::kHanded];
+  float4 sum = sums[r][threadIdx.x % 128];
+#pragma unroll
+  for (int group = 1; group < (T::kSplit ? T::kGroups : 1); ++group) {
+    const float4 other = sums[group][threadIdx.x % 128];
+    sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+  }
+  d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
+}
 
 template <class T>
 struct Layer {
@@ -61,6 +75,7 @@ struct Layer {
   Project project;
   route::DeviceSlots slots;
   i32 team_warps;  // that pick for a token
+  bool screened;   // see route::Team
   bool shared_expert;
   Queue queue;
   i64 wait_cycles;
@@ -93,9 +108,9 @@ struct Layer {
   __device__ void schedule(S& shared) const {
     Found& found = shared.job;
     gpu::Writer<T::kFeed> writer(shared.feed);
+    const int blocks1 = row_blocks<T>(gemms[0]), blocks2 = row_blocks<T>(gemms[1]);
     int i = arrive(found);
     gpu::wait(&found.ready, 0);
-    const int blocks1 = row_blocks<T>(gemms[0]), blocks2 = row_blocks<T>(gemms[1]);
     const int first = found.hits * blocks1, all = first + found.hits * blocks2;
     for (; i < all; i = ticket(found.set, writer)) {
       const int width = i < first ? 0 : 1, blocks = width == 0 ? blocks1 : blocks2;
@@ -119,7 +134,7 @@ struct Layer {
       while ((rows = queue.rows(shared.job.set, hit)) < gemms[0].row_tiles && !shared.job.late) {
         if (clock64() - begin > wait_cycles) give_up(shared.job, tile.expert, rows);
       }
-      gpu::isa::fence_copy_engine();
+      gpu::isa::fence_copy_engine();  // of this side alone: it lies between their writes and the copies that follow
     }
     __syncwarp();
   }
@@ -172,29 +187,41 @@ struct Layer {
     gpu::isa::wait_for_earlier();
     for (int first = 0; first < slots.tokens; first += teams) {
       const int index = warp / team_warps, token = first + index;
-      route::Team team{token < slots.tokens ? token : -1, warp % team_warps, team_warps, threadIdx.x % 32};
+      route::Team team{token < slots.tokens ? token : -1, warp % team_warps, team_warps, screened, threadIdx.x % 32};
       route::place_team(slots.problem, reinterpret_cast<u64*>(table_of(shared) + 2 * table_bytes()), index, &team);
-      const route::Pick pick = route::pick_token(slots, team, [] { gpu::isa::sync_some(1, 128); });
-      if (route::has_pick(slots, team)) note_pick(found, team, pick);
+      const route::Choice choice = route::choose(slots, team, [] { gpu::isa::sync_some(1, 128); });
+      if (route::has_pick(slots, team)) note(found, team, choice);
       if (team_warps > 1) gpu::isa::sync_some(1, 128);  // a team's memory is the next one's
     }
     gpu::isa::sync_some(1, 128);
     gpu::wait(&found.table, 0);
     for (int token = warp; token < slots.tokens; token += 4) list_hits(shared, token);
-    if (blockIdx.x == 0 && found.refused && threadIdx.x % 128 == 0) route::settle_fault(slots);
     gpu::isa::fence_async_proxy();
     gpu::isa::sync_some(1, 128);
     if (threadIdx.x % 128 == 0) gpu::isa::barrier_arrive(&found.ready);
+    for (int token = warp; token < slots.tokens; token += 4) weigh_token(found, token);
+    if (blockIdx.x == 0 && found.refused && threadIdx.x % 128 == 0) route::settle_fault(slots);
+    gpu::isa::sync_some(1, 128);
   }
 
-  __device__ void note_pick(Found& found, const route::Team& team, const route::Pick& pick) const {
+  __device__ void note(Found& found, const route::Team& team, const route::Choice& choice) const {
     const i64 index = route::pick_index(slots, team);
-    const i32 expert = route::local_of(slots, pick.id);
-    found.row[index] = pick.id == route::kRefused ? route::kRefused : expert;
-    found.weight[index] = pick.weight;
+    const i32 expert = route::local_of(slots, choice.id);
+    found.row[index] = choice.id == route::kRefused ? route::kRefused : expert;
+    found.score[index] = choice.score;
     if (expert >= 0) atomicOr(&found.experts[expert / 32], 1u << expert % 32);
-    if (pick.id == route::kRefused) found.refused = true;
-    if (blockIdx.x == 0) route::write_pick(slots, team, pick);
+    if (choice.id == route::kRefused) found.refused = true;
+    if (blockIdx.x == 0) slots.out.ids[index] = choice.id;
+  }
+
+  // A warp, a lane a pick.
+  __device__ void weigh_token(Found& found, int token) const {
+    const int lane = threadIdx.x % 32, index = token * slots.problem.top_k + lane;
+    const bool has = lane < slots.problem.top_k;
+    const f32 weight = route::weigh_choice(slots, {0, has ? found.score[index] : 0.0}).weight;
+    if (!has) return;
+    found.weight[index] = weight;
+    if (blockIdx.x == 0) slots.out.weights[index] = weight;
   }
 
   // A warp, a lane a pick: its hit, whose number is how many experts below are hit, and its row.
@@ -266,7 +293,6 @@ struct Layer {
 
   // The warpgroup has stored `rows` row tiles of a hit's y.
   __device__ void report(const Found& found, int hit, int rows) const {
-    gpu::isa::fence_copy_engine();
     gpu::isa::sync_some(1, 128);
     if (threadIdx.x % 128 == 0) queue.report_rows(found.set, hit, rows);
   }

@@ -18,6 +18,11 @@ __device__ __forceinline__ i32 load_acquire(const i32* counter) {
   return value;
 }
 
+// Others may read or change the counter meanwhile.
+__device__ __forceinline__ void store_relaxed(i32* counter, i32 value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
 // How a queue (gpu/queue.h) reaches its counters.
 struct Atomic {
   static __device__ __forceinline__ i32 add(i32* counter, i32 value) { return atomicAdd(counter, value); }
@@ -25,7 +30,7 @@ struct Atomic {
     return isa::add_release(counter, value);
   }
   static __device__ __forceinline__ i32 load_acquire(const i32* counter) { return isa::load_acquire(counter); }
-  static __device__ __forceinline__ void store(i32* counter, i32 value) { *counter = value; }
+  static __device__ __forceinline__ void store(i32* counter, i32 value) { isa::store_relaxed(counter, value); }
 };
 
 // Orders ordinary accesses to global memory and those of the copy engine, in either direction.
