@@ -199,6 +199,7 @@ struct Layer {
     gpu::isa::fence_async_proxy();
     gpu::isa::sync_some(1, 128);
     if (threadIdx.x % 128 == 0) gpu::isa::barrier_arrive(&found.ready);
+    for (int hit = threadIdx.x % 128; hit < found.hits; hit += 128) prefetch_globals(found.list[hit].expert);
     for (int token = warp; token < slots.tokens; token += 4) weigh_token(found, token);
     if (blockIdx.x == 0 && found.refused && threadIdx.x % 128 == 0) route::settle_fault(slots);
     gpu::isa::sync_some(1, 128);
@@ -212,6 +213,12 @@ struct Layer {
     if (expert >= 0) atomicOr(&found.experts[expert / 32], 1u << expert % 32);
     if (choice.id == route::kRefused) found.refused = true;
     if (blockIdx.x == 0) slots.out.ids[index] = choice.id;
+  }
+
+  // The epilogues' first reads: of memory they would take a microsecond in which everybody waits for them.
+  __device__ void prefetch_globals(int expert) const {
+    gpu::isa::prefetch_line(&activate.globals[2 * expert]);
+    gpu::isa::prefetch_line(&project.globals[expert]);
   }
 
   // A warp, a lane a pick.

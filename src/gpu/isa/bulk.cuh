@@ -74,6 +74,11 @@ __device__ __forceinline__ void box_load(void* shared, const void* map, int colu
       : "memory");
 }
 
+// Brings the cache line of an address into the L2.
+__device__ __forceinline__ void prefetch_line(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
