@@ -101,7 +101,7 @@ measure() {
     "$build/fourmoe" tune --shape "$shape" --tokens 1,3,8,24,64,256,1024,4096 --seconds 0.02 --dry-run --json > "$logs/$shape.json"
   done
   python3 bench/sm90/choices.py "$logs"/{dsv3,qwen3-235b,v4-flash,qwen3-30b,nemotron-nano}.json \
-    --output "$out/sm90-choices.json" | tail -n 1
+    --output "$out/sm90-choices.json" --plot "$out/sm90-choices.svg" | tail -n 1
 
   echo "== speed of route and combine"
   "$build/fourmoe_bench_route" > "$logs/route_rows"
