@@ -145,6 +145,34 @@ TEST(DevicePlan, FewTokensTakeOneStep) {
   EXPECT_NE(find(plan, "sm90", "whole").verdict.detail.find("up to 8 would pass"), std::string::npos);
 }
 
+// What a step kept for a workspace is where it was after another choice, and of the same size.
+TEST(DevicePlan, KeepsTheSameMemoryWhateverIsChosen) {
+  Problem p = usual();
+  i64 kept = 0;
+  for (const i32 tokens : {1, 3, 8}) {
+    p.max_tokens = tokens;
+    Plan whole, split;
+    ASSERT_TRUE(make(p, with_h200(0), {"auto", {}, {"sm90.whole"}}, &whole).ok());
+    ASSERT_TRUE(
+        make(p, with_h200(0), {"auto", {}, {"device.route", "sm90.gemm1", "sm90.gemm2", "device.combine"}}, &split)
+            .ok());
+    EXPECT_GT(whole.kept_bytes, 0);
+    EXPECT_EQ(split.kept_bytes, whole.kept_bytes);
+    EXPECT_EQ(whole.kept, std::vector<i64>{0});
+    EXPECT_EQ(split.kept, std::vector<i64>(4, -1));
+    EXPECT_TRUE(whole.takes_shared());
+    EXPECT_FALSE(split.takes_shared());
+    if (tokens > 1) {
+      EXPECT_EQ(whole.kept_bytes, kept);  // of every size: they share it
+    }
+    kept = whole.kept_bytes;
+  }
+  p.max_tokens = 64;
+  Plan many;
+  ASSERT_TRUE(make(p, with_h200(0), {}, &many).ok());
+  EXPECT_EQ(many.kept_bytes, 0);
+}
+
 TEST(DevicePlan, APlanForTheHostListsTheDevicesSteps) {
   Plan plan;
   ASSERT_TRUE(make(usual(), with_h200(-1), {}, &plan).ok());
