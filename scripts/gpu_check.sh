@@ -74,7 +74,7 @@ run_checks() {
   echo "checked after $SECONDS s"
 }
 
-layer() { "$build/fourmoe" bench --backend sm90 --seconds 0.3 "${@:2}" --output "$out/sm90-layer-$1.json" | grep -E '^ +[0-9]'; }
+layer() { "$build/fourmoe" bench --backend sm90 --seconds 0.3 "${@:2}" --output "$logs/sm90-layer-$1.json" | grep -E '^ +[0-9]'; }
 measure() {
   echo "== ceilings"
   python3 bench/sm90/ceilings.py --output "$out/sm90-ceilings.json" --plot "$out/sm90-ceilings.svg" 2> "$logs/ceilings.log" |
@@ -95,6 +95,7 @@ measure() {
   for shape in dsv3 2048,512,512,10; do
     layer "${shape//,/x}-shared" --shape "$shape" --tokens 1,8 --shared
   done
+  python3 bench/sm90/layers.py "$logs"/sm90-layer-*.json --output "$out/sm90-layers.json"
 
   echo "== choices of plans and tiles against the best of all"
   for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron-nano; do
