@@ -31,7 +31,7 @@ struct QueueShape {
 template <class Atomic>
 struct Queue {
   QueueShape shape;
-  i32* words;  // [shape.words()]; zeros before the first launch; the layer's
+  i32* words;  // [shape.words()]; zeros before the first launch; caller's
 
   // One thread of each block, first: the launch's set.
   FOURMOE_HD int arrive() const {
