@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <condition_variable>
 #include <cstring>
 #include <ctime>
 #include <mutex>
@@ -97,17 +98,20 @@ TEST(Executor, KeepsItsThreadsOnCoresWhenAsked) {
   const auto caller = std::this_thread::get_id();
   const auto executor = make_tbb_executor(2, Affinity::cores);
   std::mutex mutex;
+  std::condition_variable came;
   int others = 0;
   executor->parallel_for(32, [&](i64) {
-    std::this_thread::sleep_for(milliseconds(2));
     cpu_set_t here;
-    const std::lock_guard lock(mutex);
+    std::unique_lock lock(mutex);
     ASSERT_EQ(sched_getaffinity(0, sizeof here, &here), 0);
     if (std::this_thread::get_id() == caller) {
       EXPECT_TRUE(CPU_EQUAL(&here, &mine));
+      // A busy machine can take longer to start the other thread than all tasks need.
+      came.wait_for(lock, std::chrono::seconds(30), [&] { return others > 0; });
       return;
     }
     ++others;
+    came.notify_one();
     EXPECT_EQ(CPU_COUNT(&here), 1);
   });
   EXPECT_GT(others, 0);
