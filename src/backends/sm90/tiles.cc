@@ -96,9 +96,7 @@ void pack_tile(const Matrices& m, int row, int column, u8* tile) {
 }
 
 // Experts that get slots, expected.
-f64 expected_hits(const Load& load) {
-  return load.experts * (1.0 - std::exp(-static_cast<f64>(load.slots) / load.experts));
-}
+f64 expected_hits(i32 experts, i64 slots) { return experts * (1.0 - std::exp(-static_cast<f64>(slots) / experts)); }
 
 }  // namespace
 
@@ -106,7 +104,7 @@ f64 expected_hits(const Load& load) {
 // about four slots an expert wants the finest tiles; then 256 rows until 512 keep the card busy; wider tiles follow the
 // slots that an expert has.
 int choose(const Load& load, i32 multiprocessors) {
-  const f64 hits = expected_hits(load);
+  const f64 hits = expected_hits(load.experts, load.slots);
   const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
   const f64 blocks = hits * load.row_tiles / 4 / multiprocessors;  // of 256 rows, a multiprocessor
   if (load.split && mean <= 8 && blocks < 0.83) return kSplitTile;
@@ -118,10 +116,15 @@ int choose(const Load& load, i32 multiprocessors) {
   return tile;
 }
 
-// Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave. Fitted likewise.
-int choose_whole(const Load& load, i32 multiprocessors) {
-  const f64 blocks = expected_hits(load) * load.row_tiles / 4 / multiprocessors;
-  return load.split && blocks < 5.5 ? kWholeTile : blocks < 3.6 ? kWholeTile + 1 : kWholeTile + 2;
+// Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave. A block that gets three tiles
+// must not take three ahead; a short K leaves a split few steps for each warpgroup. Fitted likewise.
+int choose_whole(const LayerLoad& load, i32 multiprocessors) {
+  const f64 hits = expected_hits(load.experts, load.slots) / multiprocessors;
+  const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]);
+  const f64 blocks = hits * load.row_tiles[1] / 4;  // of 256 rows
+  const f64 most_split = load.steps <= 16 ? 3.0 : 6.2;
+  if (load.split && blocks < most_split) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
+  return blocks < 3.6 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
 int choose(const Form& form) {
@@ -153,7 +156,7 @@ bool fits(const TileShape& shape, f64 mean) {
 
 // Shapes `first` to `end` of the form, the rule's first.
 std::vector<Variant> list_variants(int rule, int first, int end, const Load& load, const Form& form) {
-  const f64 mean = static_cast<f64>(load.slots) / std::max(expected_hits(load), 1.0);
+  const f64 mean = static_cast<f64>(load.slots) / std::max(expected_hits(load.experts, load.slots), 1.0);
   std::vector<Variant> found = {{name_of(kTileShapes[rule]), rule}};
   for (int tile = first; tile < end; ++tile) {
     const TileShape& shape = kTileShapes[tile];
@@ -171,8 +174,9 @@ std::vector<Variant> variants(const Load& load, const Form& form, i32 multiproce
   return list_variants(rule, 0, kTileShapeCount, load, form);
 }
 
-std::vector<Variant> whole_variants(const Load& load, i32 multiprocessors) {
-  return list_variants(choose_whole(load, multiprocessors), kWholeTile, kAllTileShapes, load, {});
+std::vector<Variant> whole_variants(const LayerLoad& load, i32 multiprocessors) {
+  const Load second{load.row_tiles[1], load.experts, load.slots, load.split, false};
+  return list_variants(choose_whole(load, multiprocessors), kWholeTile, kAllTileShapes, second, {});
 }
 
 Form form_of(const Problem& problem) {

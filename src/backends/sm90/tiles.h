@@ -88,8 +88,9 @@ inline constexpr TileShape kTileShapes[] = {
 };
 inline constexpr int kSplitTile = 0;
 inline constexpr int kNarrowTile = 1;
-inline constexpr int kTileShapeCount = 10;          // for one GEMM
-inline constexpr int kWholeTile = kTileShapeCount;  // the first of those for a layer
+inline constexpr int kTileShapeCount = 10;            // for one GEMM
+inline constexpr int kWholeTile = kTileShapeCount;    // the first of those for a layer
+inline constexpr int kWholeFewTile = kWholeTile + 3;  // of one token or so
 inline constexpr int kAllTileShapes = static_cast<int>(std::size(kTileShapes));
 
 // What a launch has to do.
@@ -101,11 +102,20 @@ struct Load {
   bool first;  // of gemm1
 };
 
+// What one launch for a layer has to do: the two GEMMs in one queue.
+struct LayerLoad {
+  i32 row_tiles[2];  // of 64 rows, of each expert
+  i32 steps;         // of gemm2's K
+  i32 experts;
+  i64 slots;
+  bool split;
+};
+
 // The shape for a GEMM.
 int choose(const Load& load, i32 multiprocessors);
 
-// The shape for a layer in one launch, by the load of gemm2.
-int choose_whole(const Load& load, i32 multiprocessors);
+// The shape for a layer in one launch.
+int choose_whole(const LayerLoad& load, i32 multiprocessors);
 
 // The shape for a form that has one, -1 for the usual form.
 int choose(const Form& form);
@@ -116,7 +126,7 @@ std::string name_of(const TileShape& shape);
 
 // Shapes for one GEMM, or for a layer in one launch, that fit the load: the one that the rule takes first.
 std::vector<Variant> variants(const Load& load, const Form& form, i32 multiprocessors);
-std::vector<Variant> whole_variants(const Load& load, i32 multiprocessors);
+std::vector<Variant> whole_variants(const LayerLoad& load, i32 multiprocessors);
 
 Form form_of(const Problem& problem);
 

@@ -88,8 +88,13 @@ Status run(const Bound& bound) {
 
 }  // namespace
 
-Load load_of(const Problem& problem, i64 tokens) {
-  return {row_tiles(problem.hidden), problem.local_experts, tokens * problem.top_k, !problem.batch_invariant, false};
+LayerLoad load_of(const Problem& problem, i64 tokens) {
+  const i32 rows1 = problem.activation.gated() ? 2 * problem.inter : problem.inter;
+  return {{row_tiles(rows1), row_tiles(problem.hidden)},
+          k_steps(problem.inter),
+          problem.local_experts,
+          tokens * problem.top_k,
+          !problem.batch_invariant};
 }
 
 i32 most_hits(const Problem& problem) { return std::min(problem.local_experts, kFewTokens * problem.top_k) + 1; }

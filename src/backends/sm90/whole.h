@@ -29,7 +29,7 @@ struct Work {
 
 i32 most_hits(const Problem& problem);
 gpu::QueueShape queue_shape(const Problem& problem, i32 multiprocessors);
-Load load_of(const Problem& problem, i64 tokens);  // of gemm2: chooses the tile
+LayerLoad load_of(const Problem& problem, i64 tokens);  // chooses the tile
 
 struct Whole {
   route::DeviceSlots slots;  // out.ids and out.weights are written
