@@ -540,8 +540,8 @@ TEST_P(CpuRoom, Int8TokensThatAreNotFinite) {
 
 // A NaN of a token or an infinite gate shows in what it meets and in nothing else.
 TEST_P(CpuRoom, ActivationsKeepNaNs) {
-  for (const ActivationKind kind :
-       {ActivationKind::swiglu, ActivationKind::swiglu_clamped, ActivationKind::geglu_tanh}) {
+  for (const ActivationKind kind : {ActivationKind::swiglu, ActivationKind::swiglu_clamped, ActivationKind::geglu_erf,
+                                    ActivationKind::geglu_tanh, ActivationKind::relu2}) {
     cases::Spec spec = spec_of(64, 48, 20);
     spec.problem.activation.kind = kind;
     Stages s(spec);

@@ -44,7 +44,7 @@ FOURMOE_HD T activate(const Activation& activation, T gate, T up) {
     }
     case ActivationKind::geglu_erf: return gelu_erf(gate) * up;
     case ActivationKind::geglu_tanh: return gelu_tanh(gate) * up;
-    case ActivationKind::relu2: return up > T(0) ? up * up : T(0);
+    case ActivationKind::relu2: return up <= T(0) ? T(0) : up * up;  // a NaN stays one
   }
   return T(0);
 }
