@@ -239,13 +239,18 @@ __device__ __forceinline__ Pick pick_token(const DeviceSlots& a, const Team& tea
   return weigh_choice(a, choose(a, team, sync));
 }
 
-// One thread, after all picks of the call and before its end: the value that the sentence names.
+// One thread, after all picks of the call and before its end: the value that the sentence names. The record is the
+// layer's: what another stream's call has found there is that call's to settle, for only its ids have the value.
 __device__ __forceinline__ void settle_fault(const DeviceSlots& a) {
   gpu::Fault* fault = a.fault;
   const u64 first = fault->first;
   if (first == fault->settled || gpu::fault_kind(first) == gpu::FaultKind::none) return;
   if (gpu::fault_kind(first) == gpu::FaultKind::id) {
-    fault->value = read_id(a, gpu::fault_token(first), gpu::fault_position(first));
+    const i32 token = gpu::fault_token(first), position = gpu::fault_position(first);
+    if (a.in.ids.data == nullptr || token >= a.tokens || position >= a.problem.top_k) return;
+    const i64 id = read_id(a, token, position);
+    if (id >= -1 && id < a.problem.experts) return;
+    fault->value = id;
     fault->experts = a.problem.experts;
   }
   fault->settled = first;
