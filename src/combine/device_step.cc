@@ -9,7 +9,7 @@ namespace {
 Verdict can(const Problem&, const Machine& machine) { return gpu::can(machine, 9, 0); }
 
 Status run(const Bound& bound) {
-  if constexpr (!gpu::kBuilt) return gpu::check_launch("combine");
+  if constexpr (!gpu::kBuilt) return gpu::not_built();
   else {
     const Args& args = *bound.args;
     DeviceSum sum;

@@ -12,9 +12,22 @@
 
 namespace fourmoe::gpu {
 
+// A failure is told once: it is not left for the next who asks for the last error, and what others left is not ours.
 inline Status to_status(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return {};
+  cudaGetLastError();
   return refuse(Reason::internal, std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Launches kernel(arguments...) after all that the stream has.
+template <class... Parameters, class... Arguments>
+Status launch_after(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, void* stream,
+                    const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return to_status(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
 struct LaunchShape {
@@ -87,9 +100,7 @@ Status launch(const char* name, void (*kernel)(Args), const Grid& grid, const Ar
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   config.numAttrs = grid.cluster > 1 ? 2 : 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-  if (error == cudaSuccess) return {};
-  return refuse(Reason::internal, std::string(name) + " was not launched: " + cudaGetErrorString(error));
+  return to_status(cudaLaunchKernelEx(&config, kernel, args), name);
 }
 
 }  // namespace fourmoe::gpu

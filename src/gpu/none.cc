@@ -6,13 +6,7 @@ namespace fourmoe {
 std::vector<Device> probe_devices() { return {}; }
 
 namespace gpu {
-namespace {
 
-Status not_built() { return refuse(Reason::not_built, "this build has no CUDA; FOURMOE_CUDA=ON would pass"); }
-
-}  // namespace
-
-Status check_launch(const char*) { return not_built(); }
 Current::Current(i32) : status_(not_built()) {}
 Current::~Current() = default;
 Buffer::~Buffer() = default;

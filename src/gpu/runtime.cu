@@ -44,8 +44,6 @@ cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
 
-Status check_launch(const char* what) { return to_status(cudaGetLastError(), std::string("launch of ") + what); }
-
 Current::Current(i32 device) {
   int now = 0;
   status_ = to_status(cudaGetDevice(&now), "current device");

@@ -23,8 +23,8 @@ using Stream = void*;  // cudaStream_t; null is the default stream
 // What every step of a GPU asks first: a build with CUDA, a device, and the compute capability that its code is for.
 Verdict can(const Machine& machine, i32 major, i32 minor);
 
-// For launches: the error of the last one, with its name. Also clears it.
-Status check_launch(const char* what);
+// What a build without CUDA says where others launch.
+inline Status not_built() { return refuse(Reason::not_built, "this build has no CUDA; FOURMOE_CUDA=ON would pass"); }
 
 // Makes `device` current for the calling thread and restores the one before.
 class Current {

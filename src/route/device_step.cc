@@ -29,7 +29,7 @@ i64 bytes(const Problem& problem, const Machine&) {
 }
 
 Status run(const Bound& bound) {
-  if constexpr (!gpu::kBuilt) return gpu::check_launch("route");
+  if constexpr (!gpu::kBuilt) return gpu::not_built();
   else {
     const Args& args = *bound.args;
     DeviceSlots slots;

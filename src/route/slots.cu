@@ -159,10 +159,9 @@ i32 sort_warps(i32 local, i32 bytes) {
 }
 
 Status set_expert_begin(const DeviceSlots& args, void* stream) {
-  const cudaError_t error = cudaMemsetAsync(args.out.expert_begin, 0, 4 * (i64{args.problem.local_experts} + 1),
-                                            static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) return {};
-  return refuse(Reason::internal, std::string("expert_begin was not cleared: ") + cudaGetErrorString(error));
+  const i64 bytes = 4 * (i64{args.problem.local_experts} + 1);
+  const auto native = static_cast<cudaStream_t>(stream);
+  return gpu::to_status(cudaMemsetAsync(args.out.expert_begin, 0, bytes, native), "clearing of expert_begin");
 }
 
 bool can_place_few(const DeviceSlots& args) {

@@ -1,3 +1,4 @@
+#include "gpu/launch.cuh"
 #include "weights/bad_scale.h"
 #include "weights/device_packed.h"
 
@@ -22,9 +23,8 @@ __global__ void __launch_bounds__(kThreads) find_in_rows(Rows matrix, u32 larges
 
 Status find_bad_scale(const Rows& matrix, format::Encoding encoding, i32 rows, i32 cols, u64* found,
                       gpu::Stream stream) {
-  find_in_rows<<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(matrix, format::largest_scale(encoding),
-                                                                         cols / format::block_of(encoding), found);
-  return gpu::check_launch("find_bad_scale");
+  return gpu::launch_after("find_bad_scale", find_in_rows, rows, kThreads, stream, matrix,
+                           format::largest_scale(encoding), cols / format::block_of(encoding), found);
 }
 
 }  // namespace fourmoe::weights

@@ -1,4 +1,5 @@
 // Window of matrices in device memory.
+#include "gpu/launch.cuh"
 #include "weights/device_packed.h"
 #include "weights/window.h"
 
@@ -51,8 +52,7 @@ __global__ void __launch_bounds__(kThreads) find_in_rows(Rows matrix, i32 cols, 
 }  // namespace
 
 Status find_exponents(const Rows& matrix, i32 rows, i32 cols, FoundExponents* found, gpu::Stream stream) {
-  find_in_rows<<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(matrix, cols, found);
-  return gpu::check_launch("find_exponents");
+  return gpu::launch_after("find_exponents", find_in_rows, rows, kThreads, stream, matrix, cols, found);
 }
 
 }  // namespace fourmoe::weights

@@ -1,6 +1,7 @@
 // The packer of the Hopper room on the device: bit for bit what tiles.cc packs on the host.
 #include "backends/sm90/atom.h"
 #include "backends/sm90/tiles.h"
+#include "gpu/launch.cuh"
 
 namespace fourmoe::sm90 {
 namespace {
@@ -110,8 +111,7 @@ Status pack(const weights::Piece& piece, gpu::Stream stream) {
   const auto kernel = piece.encoding == Encoding::nvfp4   ? pack_tiles<Encoding::nvfp4>
                       : piece.encoding == Encoding::mxfp4 ? pack_tiles<Encoding::mxfp4>
                                                           : pack_dense_tiles;
-  kernel<<<grid, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(piece);
-  return gpu::check_launch("sm90 pack");
+  return gpu::launch_after("sm90 pack", kernel, grid, kPackThreads, stream, piece);
 }
 
 }  // namespace fourmoe::sm90

@@ -82,7 +82,7 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
 }
 
 Status run(const Bound& bound) {
-  if constexpr (!gpu::kBuilt) return gpu::check_launch("sm90 whole");
+  if constexpr (!gpu::kBuilt) return gpu::not_built();
   else return launch(bind(bound), device_of(*bound.args->machine)->sms, bound.args->stream);
 }
 
