@@ -50,7 +50,7 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   if (call.shared) job.sum.addend.addend = call.work.z;  // hit 0 has a row for every token
   const bool rounded = call.hidden.dtype == format::Dtype::bf16;
   const u16* tokens = rounded ? reinterpret_cast<const u16*>(call.hidden.data) : call.work.rows;
-  const i64 stride = rounded ? call.hidden.stride : problem.hidden;
+  const i64 stride = rounded && call.slots.tokens > 1 ? call.hidden.stride : problem.hidden;  // one row's is nobody's
   Status status = gpu::map_rows({tokens, call.slots.tokens, problem.hidden, stride}, kFewTokens, &job.maps[0]);
   if (!status.ok()) return status;
   const i64 rows = i64{most_hits(problem)} * kFewTokens;
