@@ -163,6 +163,7 @@ class DeviceResidence final : public Residence {
     return packing_of(plans.routed) == packing_of(plans.shared) && routed.inter == shared.inter &&
            routed.encoding == shared.encoding && routed.precision == shared.precision &&
            routed.activation == shared.activation &&
+           routed.local_experts % 2 == 0 &&  // entry [local_experts] begins where the copy engine can, at 16 bytes
            std::any_of(plans.routed.all().begin(), plans.routed.all().end(),
                        [](const tune::Sized& size) { return size.plan.takes_shared(); });
   }
@@ -228,8 +229,8 @@ class DeviceResidence final : public Residence {
     const gpu::Fault found = {record.first, record.settled, record.value, record.experts};
     const gpu::FaultKind kind = gpu::fault_kind(found.first);
     if (kind == gpu::FaultKind::none || (kind == gpu::FaultKind::id && found.settled != found.first)) return {};
+    record.settled = gpu::Fault{}.settled;  // before `first`: a fault found between the two must settle later
     record.first = gpu::Fault{}.first;
-    record.settled = gpu::Fault{}.settled;
     Status status = gpu::to_status(found);
     if (split_) status.detail += fmt::format(" (counting from the first token of a pass of {})", most_tokens_);
     return status;
