@@ -235,17 +235,20 @@ Status Layer::Impl::run_pass(const LayerCall& call, i64 begin, i64 count, const 
   args.picks.weights = slice(call.weights, begin, count);
   args.picks.bias = home->selection_bias();
   args.output.output = slice(call.output, begin, count);
-  if (call.logits.empty() && call.ids.empty()) {
-    Status status = home->logits(args.hidden, call.stream, pass.logits);
-    if (!status.ok()) return status;
-    args.picks.logits = view(pass.logits, Dtype::f32, count, problem.experts);
-  }
+  const bool own_logits = call.logits.empty() && call.ids.empty();
+  if (own_logits) args.picks.logits = view(pass.logits, Dtype::f32, count, problem.experts);
   args.kept = pass.kept;
+  if (call.picked_ids != nullptr) args.picked.ids = call.picked_ids + begin * problem.top_k;
+  if (call.picked_weights != nullptr) args.picked.weights = call.picked_weights + begin * problem.top_k;
+  if (own_logits || weights.shared) {  // a call that is refused has computed nothing
+    if (Status status = plan::check(plans.routed.at(count).plan, args); !status.ok()) return status;
+  }
+  if (own_logits) {
+    if (Status status = home->logits(args.hidden, call.stream, pass.logits); !status.ok()) return status;
+  }
   if (weights.shared) {
     if (Status status = add_shared(plans, call, pass, &args); !status.ok()) return status;
   }
-  if (call.picked_ids != nullptr) args.picked.ids = call.picked_ids + begin * problem.top_k;
-  if (call.picked_weights != nullptr) args.picked.weights = call.picked_weights + begin * problem.top_k;
   return plan::run(plans.routed.at(count).plan, args, pass.plan);
 }
 
@@ -272,6 +275,7 @@ Status Layer::Impl::run(const LayerCall& call, Workspace workspace) {
     return refuse(Reason::workspace_too_small,
                   fmt::format("workspace has {} bytes, the layer needs {}", workspace.bytes, visit.bytes));
   }
+  if (Status status = check_alignment(workspace); !status.ok()) return status;
   std::optional<gpu::Current> current;
   if (device() >= 0) current.emplace(device());
   if (current && !current->status().ok()) return current->status();
@@ -304,12 +308,17 @@ namespace {
 
 bool same(const Problem& a, const Problem& b) {
   return a.hidden == b.hidden && a.inter == b.inter && a.experts == b.experts && a.first_expert == b.first_expert &&
-         a.local_experts == b.local_experts && a.encoding == b.encoding && a.activation.kind == b.activation.kind;
+         a.local_experts == b.local_experts && a.encoding == b.encoding && a.activation == b.activation;
 }
 
 std::string form_words(const Problem& p) {
-  return fmt::format("{} experts of [{}, {}] {}", p.local_experts, p.inter, p.hidden,
-                     format::encoding_name(p.encoding));
+  const Activation& a = p.activation;
+  std::string numbers;
+  if (a.kind == ActivationKind::swiglu_clamped) {
+    numbers = fmt::format(" (alpha {}, beta {}, limit {})", a.alpha, a.beta, a.limit);
+  }
+  return fmt::format("{} experts of [{}, {}] {}, {}{}", p.local_experts, p.inter, p.hidden,
+                     format::encoding_name(p.encoding), activation_name(a.kind), numbers);
 }
 
 }  // namespace

@@ -232,6 +232,13 @@ Status refuse_plan(const Plan& plan) {
   return refuse(Reason::no_plan, fmt::format("no accepted steps cover the layer ({})", why));
 }
 
+Status check_address(const char* name, const void* address, i32 bytes) {
+  const auto rest = reinterpret_cast<std::uintptr_t>(address) % bytes;
+  if (rest == 0) return {};
+  return refuse(Reason::argument_invalid,
+                fmt::format("{} begins {} bytes after a multiple of {}, expected a multiple", name, rest, bytes));
+}
+
 Status check_tensor(const char* name, const Tensor& tensor, i64 rows, i64 cols, std::initializer_list<Dtype> dtypes) {
   if (tensor.empty() && rows > 0) return refuse(Reason::argument_invalid, fmt::format("{} is null", name));
   if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype) == dtypes.end()) {
@@ -245,7 +252,7 @@ Status check_tensor(const char* name, const Tensor& tensor, i64 rows, i64 cols, 
     return refuse(Reason::stride_unsupported,
                   fmt::format("{} has rows {} elements apart, expected at least {}", name, tensor.stride, cols));
   }
-  return {};
+  return check_address(name, tensor.data, format::dtype_bytes(tensor.dtype));
 }
 
 // Tokens as values, or as codes with scales where the plan would quantise them itself.
@@ -270,7 +277,9 @@ Status check_hidden(const Plan& plan, const Args& args) {
   return status;
 }
 
-Status check_args(const Plan& plan, const Args& args) {
+}  // namespace
+
+Status check(const Plan& plan, const Args& args) {
   const Problem& p = plan.problem;
   if (args.tokens < 0 || args.tokens > p.max_tokens) {
     return refuse(Reason::argument_invalid, fmt::format("{} tokens, expected 0 to {}", args.tokens, p.max_tokens));
@@ -292,10 +301,10 @@ Status check_args(const Plan& plan, const Args& args) {
     status = check_tensor("topk_ids", args.picks.ids, args.tokens, p.top_k, {Dtype::i32, Dtype::i64});
     if (status.ok()) status = check_tensor("topk_weights", args.picks.weights, args.tokens, p.top_k, floats);
   }
+  if (status.ok()) status = check_address("picked_ids", args.picked.ids, 4);
+  if (status.ok()) status = check_address("picked_weights", args.picked.weights, 4);
   return status;
 }
-
-}  // namespace
 
 Status make(const Problem& problem, const Machine& machine, const Request& request, Plan* out) {
   *out = Plan{};
@@ -353,15 +362,13 @@ std::vector<Choice> alternatives(const Problem& problem, const Machine& machine,
 }
 
 Status run(const Plan& plan, Args args, Workspace workspace) {
-  if (Status status = check_args(plan, args); !status.ok()) return status;
+  if (Status status = check(plan, args); !status.ok()) return status;
   if (args.tokens == 0) return {};
   if (workspace.data == nullptr || workspace.bytes < plan.workspace_bytes) {
     return refuse(Reason::workspace_too_small, fmt::format("workspace has {} bytes, the plan needs {}",
                                                            workspace.data ? workspace.bytes : 0, plan.workspace_bytes));
   }
-  if (reinterpret_cast<std::uintptr_t>(workspace.data) % kWorkspaceAlignment != 0) {
-    return refuse(Reason::argument_invalid, fmt::format("workspace is not aligned to {} bytes", kWorkspaceAlignment));
-  }
+  if (Status status = check_alignment(workspace); !status.ok()) return status;
   args.problem = &plan.problem;
   args.machine = &plan.machine;
   Carver carver(workspace.data);

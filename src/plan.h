@@ -64,6 +64,9 @@ Choice choice_of(const Plan& plan);
 // None where make refuses.
 std::vector<Choice> alternatives(const Problem& problem, const Machine& machine, const Request& request);
 
+// The views of a call, before anything runs: what run() would refuse.
+Status check(const Plan& plan, const Args& args);
+
 // Runs the plan on args (problem, machine and the views between stages are set here). The workspace is checked, never
 // grown; args.tokens may be 0.
 Status run(const Plan& plan, Args args, Workspace workspace);

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <string>
 
 #include "format/number.h"
+#include "status.h"
 
 namespace fourmoe {
 
@@ -14,6 +17,12 @@ struct Workspace {
   std::byte* data = nullptr;  // aligned to kWorkspaceAlignment; caller's
   i64 bytes = 0;
 };
+
+inline Status check_alignment(const Workspace& workspace) {
+  if (reinterpret_cast<std::uintptr_t>(workspace.data) % kWorkspaceAlignment == 0) return {};
+  return refuse(Reason::argument_invalid,
+                "workspace is not aligned to " + std::to_string(kWorkspaceAlignment) + " bytes");
+}
 
 // Hands out consecutive aligned pieces; without memory it only counts.
 class Carver {

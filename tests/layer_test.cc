@@ -495,6 +495,11 @@ TEST_F(BadCall, RowsThatOverlap) {
   call_.hidden.stride = 32;
   expect(Reason::stride_unsupported, "hidden_states");
 }
+TEST_F(BadCall, ViewsBetweenTwoElements) {
+  std::vector<u8> bytes(data_.ids.size() * 8 + 8);
+  call_.ids.data = bytes.data() + 2;
+  expect(Reason::argument_invalid, "topk_ids begins 2 bytes after a multiple of");
+}
 TEST_F(BadCall, IdOutOfRange) {
   data_.ids[4] = 4;
   expect(Reason::pick_out_of_range, "topk_ids[2, 0] is 4");
