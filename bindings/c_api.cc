@@ -37,8 +37,12 @@ std::string& last_error() {
   return line;
 }
 
-fourmoe_status fail(Reason reason, const std::string& detail) {
-  last_error() = detail;
+fourmoe_status fail(Reason reason, std::string_view detail) noexcept {
+  try {
+    last_error() = detail;
+  } catch (const std::bad_alloc&) {
+    last_error().clear();  // no memory for the sentence: the reason alone
+  }
   return static_cast<fourmoe_status>(reason);
 }
 
@@ -141,7 +145,9 @@ format::Matrix convert(const char* name, i64 expert, const fourmoe_matrix& given
   require(matrix.data_stride >= tight && matrix.scales_stride >= tight_scales,
           fmt::format("{} of expert {} has rows {} bytes apart (scales {}), expected at least {} ({})", name, expert,
                       matrix.data_stride, matrix.scales_stride, tight, tight_scales));
-  if (weights::place_of(matrix.scales, target.device) >= 0) return matrix;  // checked when it is packed
+  const bool host = target.device < 0;
+  const bool there = target.device < static_cast<i32>(machine().devices.size());  // if not, the plan is refused
+  if (!host && (!there || weights::place_of(matrix.scales, target.device) >= 0)) return matrix;  // checked when packed
   if (const auto bad = format::find_bad_scale(matrix)) {
     throw Error(Reason::scale_invalid, fmt::format("scale [{}, {}] of {} of expert {} is 0x{:02x}: NaN or negative",
                                                    bad->row, bad->block, name, expert, bad->byte));

@@ -282,6 +282,13 @@ TEST(Api, RefitTakesOtherWeightsOfTheSameShapes) {
     Constant wider;
     wider.desc.experts = wider.desc.local_experts = 3;
     expect_error("tensor_mismatch", "expected 4 experts", [&] { layer.refit(wider.desc); });
+    Constant clamped;
+    clamped.desc.activation = FOURMOE_SWIGLU_CLAMPED;
+    clamped.desc.alpha = clamped.desc.beta = 1.0f;
+    clamped.desc.limit = 7.0f;
+    fourmoe::Layer limited = fourmoe::Layer::create(clamped.desc, options);
+    clamped.desc.limit = 10.0f;
+    expect_error("tensor_mismatch", "limit 7", [&] { limited.refit(clamped.desc); });
   }
 }
 
@@ -303,6 +310,13 @@ TEST(Api, DevicesAreRefusedWithWhatWouldPass) {
   } catch (const fourmoe::Error& error) {
     EXPECT_TRUE(error.name() == "not_built" || error.name() == "device_missing") << error.name();
   }
+}
+
+TEST(Api, BiasesThatAreNotFiniteAreRefused) {
+  Constant weights;
+  const std::vector<float> bias = {0.0f, 1.0f, NAN, 0.0f};
+  weights.desc.selection_bias = bias.data();
+  expect_error("value_not_finite", "selection_bias[2] is nan", [&] { fourmoe::Layer::create(weights.desc); });
 }
 
 TEST(Api, NullPointersAreRefused) {
