@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "checkpoint/folder.h"
 #include "checkpoint/mapped_file.h"
 #include "format/number.h"
 #include "status.h"
@@ -39,10 +40,19 @@ bool is_earlier_output(const fs::path& out) {
   return !parsed.is_discarded() && parsed.contains(producer) && parsed.at(producer) == "fourmoe";
 }
 
-bool is_output_file(const fs::path& name, const fs::path& in) {
-  const bool top = !name.has_parent_path();
-  const bool shard = name.extension() == ".safetensors" || name.filename().string().ends_with(kIndexEnding);
-  return is_own(name) || (top && shard) || fs::exists(in / name);
+// Weights and index of an earlier output, by its own index where it has one. Other weights beside them are the user's.
+std::set<fs::path> list_weights(const fs::path& out) {
+  std::set<fs::path> names, loose;
+  for (const auto& entry : fs::directory_iterator(out)) {
+    const fs::path name = entry.path().filename();
+    if (name.extension() == ".safetensors") loose.insert(name);
+    if (!name.string().ends_with(kIndexEnding)) continue;
+    names.insert(name);
+    for (const std::string& shard : list_shards(read_text(entry.path()), entry.path().string())) names.insert(shard);
+  }
+  if (names.empty() && loose.size() == 1) return loose;
+  if (names.empty()) names.insert("model.safetensors");
+  return names;
 }
 
 // An existing output may be replaced when it is empty, or an earlier output that has gained no file since.
@@ -51,9 +61,10 @@ void check_replaceable(const fs::path& out, const fs::path& in) {
   if (!is_earlier_output(out)) {
     throw Error(Reason::file_exists, fmt::format("{} was not written by quantize; it would be lost", out.string()));
   }
+  const std::set<fs::path> weights = list_weights(out);
   for (const auto& entry : fs::recursive_directory_iterator(out)) {
     const fs::path name = entry.path().lexically_relative(out);
-    if (entry.is_directory() || is_output_file(name, in)) continue;
+    if (entry.is_directory() || is_own(name) || weights.contains(name) || fs::exists(in / name)) continue;
     throw Error(Reason::file_exists, fmt::format("{} holds {}, which is no part of a checkpoint; it would be lost",
                                                  out.string(), quote(name.string())));
   }

@@ -290,9 +290,11 @@ class Quantize(Case):
         self.assertEqual(self.listing(), before)
         earlier = self.scratch / "earlier"
         self.succeeds(*self.quantize(TINY / "bf16", earlier))
-        (earlier / "notes.txt").write_text("mine")
-        self.refuses(1, "notes.txt", *self.quantize(TINY / "bf16", earlier, "--force"))
-        self.assertEqual((earlier / "notes.txt").read_text(), "mine")
+        for name in ("notes.txt", "adapter.safetensors"):
+            (earlier / name).write_text("mine")
+            self.refuses(1, name, *self.quantize(TINY / "bf16", earlier, "--force"))
+            self.assertEqual((earlier / name).read_text(), "mine")
+            (earlier / name).unlink()
 
     def test_links_of_a_hub_cache_are_files_of_the_checkpoint(self):
         blobs, snapshot = self.scratch / "hub" / "blobs", self.scratch / "hub" / "snapshots" / "abc"
