@@ -387,6 +387,25 @@ TEST(QuantizeCheckpoint, ForceReplacesAnEarlierCheckpoint) {
   EXPECT_EQ(read_tensors(scratch / "out/model.safetensors").size(), 9u);
 }
 
+TEST(QuantizeCheckpoint, WhatTheOutputGainsMeanwhileIsKept) {
+  const Scratch scratch;
+  write_small(scratch / "in", small("experts", kGated));
+  checkpoint::quantize(scratch / "in", scratch / "out", options());
+  write_file(scratch / "out/thesis.txt", "years");
+  const std::vector<std::string> before = names_in(scratch.path());
+  fs::remove(scratch / "out/thesis.txt");
+  QuantizeOptions o = options(true);
+  o.progress = [&](const checkpoint::QuantizeProgress&) { write_file(scratch / "out/thesis.txt", "years of work"); };
+  try {
+    checkpoint::quantize(scratch / "in", scratch / "out", o);
+    ADD_FAILURE() << "the output was replaced";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.reason(), Reason::file_exists) << error.what();
+  }
+  EXPECT_EQ(names_in(scratch.path()), before);
+  EXPECT_EQ(read_file(scratch / "out/thesis.txt"), "years of work");
+}
+
 TEST(QuantizeCheckpoint, GivingUpHalfwayLeavesNothing) {
   const Scratch scratch;
   QuantizeOptions o = options();

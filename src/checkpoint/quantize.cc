@@ -117,6 +117,7 @@ class Job {
     write_index(publication.folder());
     write_configs(publication.folder());
     copy_side_files(publication.folder());
+    check_output(source_.folder, out, options_.force);  // it may have gained a file in the meantime
     publication.publish(options_.force);
     return std::move(result_);
   }
