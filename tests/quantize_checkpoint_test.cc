@@ -439,6 +439,22 @@ TEST(QuantizeCheckpoint, TheConfigKeepsItsText) {
   }
 }
 
+TEST(QuantizeCheckpoint, ANullConfigOfQuantisationIsNone) {
+  const Scratch scratch;
+  write_small(scratch / "in", small("experts", kGated));
+  for (const char* text : {R"({"a": {"quantization_config": null}, "s": "\"quantization_config\": null", )"
+                           R"("quantization_config" : null , "compression_config": null})",
+                           R"({"quantization_config":null})"}) {
+    write_file(scratch / "in/config.json", text);
+    checkpoint::quantize(scratch / "in", scratch / "out", options(true));
+    const json parsed = checkpoint::parse_json(read_file(scratch / "out/config.json"), "config.json");
+    EXPECT_EQ(parsed["quantization_config"]["quant_algo"], "W4A16_NVFP4");
+    if (parsed.contains("a")) {
+      EXPECT_TRUE(parsed["a"]["quantization_config"].is_null());
+    }
+  }
+}
+
 TEST(ExcludedModules, AreSummarisedAsModeloptDoes) {
   const std::vector<std::string> quantised = {"model.layers.10.mlp.experts.0.up_proj",
                                               "model.layers.2.mlp.experts.0.up_proj"};

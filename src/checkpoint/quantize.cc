@@ -31,7 +31,7 @@ struct Source {
 
 void refuse_quantised(const nlohmann::json& parsed, const std::string& path) {
   for (const char* key : {"quantization_config", "compression_config"}) {
-    if (!parsed.contains(key)) continue;
+    if (!Object{&parsed, path}.has(key)) continue;  // null is none
     throw Error(
         Reason::dtype_unsupported,
         fmt::format("{} has a {}: the checkpoint is quantised already; quantize reads bf16, f16 and f32", path, key));
@@ -84,13 +84,34 @@ Source read_source(const fs::path& folder) {
   return source;
 }
 
-// The user's text stays as it is, to the byte: a key is added before its last brace.
+constexpr const char* kSpaces = " \t\r\n";
+
+// Where the value of the outermost object's `key` begins, npos when it has no such key. `object` has been parsed.
+std::size_t find_value(std::string_view object, std::string_view key) {
+  i32 depth = 0;
+  for (std::size_t at = 0; at < object.size(); ++at) {
+    if (object[at] == '{' || object[at] == '[') ++depth;
+    if (object[at] == '}' || object[at] == ']') --depth;
+    if (object[at] != '"') continue;
+    const std::size_t begin = at + 1;
+    for (++at; object[at] != '"'; ++at) at += object[at] == '\\';
+    const std::size_t colon = object.find_first_not_of(kSpaces, at + 1);
+    if (depth != 1 || object[colon] != ':' || object.substr(begin, at - begin) != key) continue;
+    return object.find_first_not_of(kSpaces, colon + 1);
+  }
+  return std::string_view::npos;
+}
+
+// The user's text stays as it is, to the byte: a key is added before its last brace, or takes the place of its null.
 std::string with_key(const std::string& object, std::string_view key, const Json& value) {
   const std::size_t brace = object.rfind('}');
-  const std::size_t last = object.find_last_not_of(" \t\r\n", brace - 1);
+  const std::size_t last = object.find_last_not_of(kSpaces, brace - 1);
   std::string text = value.dump(2);
   for (std::size_t at = text.find('\n'); at != std::string::npos; at = text.find('\n', at + 3))
     text.insert(at + 1, "  ");
+  if (const std::size_t null = find_value(object, key); null != std::string::npos) {
+    return object.substr(0, null) + text + object.substr(object.find_first_of(",} \t\r\n", null));
+  }
   return fmt::format("{}{}\n  \"{}\": {}\n{}", object.substr(0, last + 1), object[last] == '{' ? "" : ",", key, text,
                      object.substr(brace));
 }
