@@ -131,13 +131,14 @@ class Job {
   }
 
   QuantizeResult run(const fs::path& out) {
-    check_space(out.parent_path());
+    const std::vector<fs::path> side_files = list_side_files(source_.folder, &result_.notes);
+    check_space(out.parent_path(), side_files);
     Publication publication(out);
     result_.layers = plan_.layers;
     for (std::size_t s = 0; s < plan_.shards.size(); ++s) write_shard(s, publication.folder());
     write_index(publication.folder());
     write_configs(publication.folder());
-    copy_side_files(publication.folder());
+    copy_side_files(side_files, publication.folder());
     check_output(source_.folder, out, options_.force);  // it may have gained a file in the meantime
     publication.publish(options_.force);
     return std::move(result_);
@@ -154,8 +155,9 @@ class Job {
     return bytes;
   }
 
-  void check_space(const fs::path& folder) const {
+  void check_space(const fs::path& folder, const std::vector<fs::path>& side_files) const {
     i64 needed = 0;
+    for (const fs::path& name : side_files) needed += static_cast<i64>(fs::file_size(source_.folder / name));
     for (const ShardPlan& shard : plan_.shards) {
       for (const QuantizeTarget& t : shard.targets) needed += codes_bytes(t.dense) + scales_bytes(t.dense) + 4;
       for (const auto& [name, tensor] : shard.kept) needed += tensor.bytes;
@@ -291,8 +293,8 @@ class Job {
     result_.files += 2;
   }
 
-  void copy_side_files(const fs::path& folder) {
-    for (const fs::path& name : list_side_files(source_.folder, &result_.notes)) {
+  void copy_side_files(const std::vector<fs::path>& names, const fs::path& folder) {
+    for (const fs::path& name : names) {
       std::error_code error;
       fs::create_directories((folder / name).parent_path(), error);
       fs::copy_file(source_.folder / name, folder / name, error);
