@@ -450,6 +450,16 @@ class BadCall : public testing::Test {
   LayerCall call_;
 };
 
+TEST(Layer, ASelectionBiasThatIsNotFiniteIsRefused) {
+  const Problem problem = cases::problem(32, 16, 4, 2);
+  checkpoint::Layer weights = cases::random_layer(problem, 1, false);
+  weights.selection_bias = {0.0f, 0.5f, 0.0f, 0.0f};
+  Layer layer(weights, LayerOptions{});
+  weights.selection_bias[2] = std::numeric_limits<f32>::quiet_NaN();
+  EXPECT_THROW(Layer(weights, LayerOptions{}), Error);
+  EXPECT_THROW(layer.refit(weights), Error);
+}
+
 TEST_F(BadCall, WrongHiddenSize) {
   call_.hidden.cols = 48;
   expect(Reason::argument_invalid, "hidden_states is [3, 48], expected [3, 64]");

@@ -343,7 +343,10 @@ class GgufSource final : public LayerSource {
 
   void load_router(i32 layer, Layer* out) const {
     for (const std::string_view name : {"exp_probs_b.bias", "exp_probs_b"}) {
-      if (const Entry bias = find(layer, name)) out->selection_bias = read_vector(bias, {config_.experts});
+      const Entry bias = find(layer, name);
+      if (bias == nullptr) continue;
+      out->selection_bias = read_vector(bias, {config_.experts});
+      check_finite(out->selection_bias, where(bias));
     }
     const Entry router = find(layer, "ffn_gate_inp.weight");
     if (router == nullptr || config_.latent > 0) return;

@@ -244,7 +244,10 @@ class SafetensorsSource final : public LayerSource {
 
   void load_router(const LayerTensors& layer, Owned* owned, Layer* out) const {
     const i64 experts = folder_.config.experts;
-    if (layer.selection_bias != nullptr) out->selection_bias = read_vector(layer.selection_bias, experts);
+    if (layer.selection_bias != nullptr) {
+      out->selection_bias = read_vector(layer.selection_bias, experts);
+      check_finite(out->selection_bias, where(layer.selection_bias));
+    }
     if (!routable(layer)) return;
     out->router = view_dense(layer.router, experts, folder_.config.hidden, owned);
     if (layer.router_bias != nullptr) out->router_bias = read_vector(layer.router_bias, experts);

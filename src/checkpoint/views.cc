@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 
@@ -295,6 +296,12 @@ std::vector<f32> read_vector(Named named, i64 count) {
   std::vector<f32> out(static_cast<std::size_t>(count));
   for (i64 i = 0; i < count; ++i) out[static_cast<std::size_t>(i)] = format::read(named->second.data(), dtype, i);
   return out;
+}
+
+void check_finite(const std::vector<f32>& values, const std::string& name) {
+  const auto odd = std::find_if(values.begin(), values.end(), [](f32 value) { return !std::isfinite(value); });
+  if (odd == values.end()) return;
+  throw Error(Reason::value_not_finite, fmt::format("{} has {} at [{}]", name, *odd, odd - values.begin()));
 }
 
 }  // namespace fourmoe::checkpoint

@@ -70,6 +70,9 @@ format::Matrix view_dense(Named named, i64 rows, i64 cols, Owned* owned);
 // A vector [count] of f32, bf16 or f16, widened.
 std::vector<f32> read_vector(Named named, i64 count);
 
+// Throws value_not_finite for the first value that is not finite. `name` says where they are from.
+void check_finite(const std::vector<f32>& values, const std::string& name);
+
 // `file: tensor "name"`, for messages.
 std::string where(Named named);
 
