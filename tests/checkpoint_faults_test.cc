@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <tuple>
 
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/folder.h"
@@ -303,6 +304,24 @@ TEST(CheckpointFaults, duplicate_keys_and_deep_nesting_in_configs) {
   files.config = "[]";
   files.write(scratch.path());
   expect_refused(scratch.path(), Reason::file_malformed, {"config.json", "not an object"});
+}
+
+// Its scales have the shape that 48 / 32 rounds to: only the sentence about blocks says what is wrong.
+TEST(CheckpointFaults, rows_that_fill_no_blocks) {
+  const Scratch scratch;
+  ModelFiles files = test::make_qwen3();
+  files.config = R"({"model_type":"qwen3_moe","hidden_size":48,"moe_intermediate_size":32,"num_experts":1,)"
+                 R"("num_experts_per_tok":1,"hidden_act":"silu"})";
+  files.tensors.clear();
+  for (const auto& [name, rows, cols] :
+       {std::tuple("gate_proj", 32, 48), std::tuple("up_proj", 32, 48), std::tuple("down_proj", 48, 32)}) {
+    const std::string projection = std::string("model.layers.0.mlp.experts.0.") + name;
+    files.add(projection + ".weight", "U8", {rows, cols / 2}, 0x21);
+    files.add(projection + ".weight_scale", "U8", {rows, cols / 32}, 0x7f);
+  }
+  files.write(scratch.path());
+  expect_refused(scratch.path(), Reason::shape_unsupported,
+                 {"gate_proj.weight", "48 values", "blocks of 32", "64 would"});
 }
 
 TEST(CheckpointFaults, paths_that_are_no_checkpoint) {

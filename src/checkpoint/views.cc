@@ -99,6 +99,12 @@ bool fits(const Source& source, Encoding encoding, bool transposed) {
     refuse_shape(parts.weight, stored_shape(source, width, prefer_transposed), parts.weight->second.dtype);
   }
   const Encoding guess = parts.global != nullptr ? Encoding::nvfp4 : Encoding::mxfp4;
+  if (const i64 block = format::block_of(guess); source.cols % block != 0) {
+    throw Error(Reason::shape_unsupported, fmt::format("{}: rows of {} values do not fill blocks of {} ({}); {} would "
+                                                       "pass",
+                                                       where(parts.weight), source.cols, block, encoding_name(guess),
+                                                       (source.cols + block - 1) / block * block));
+  }
   const bool transposed = normal && other ? prefer_transposed : other;
   refuse_shape(parts.scale, stored_shape(source, source.cols / format::block_of(guess), transposed),
                guess == Encoding::nvfp4 ? "F8_E4M3" : "U8");
