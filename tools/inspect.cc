@@ -33,6 +33,8 @@ std::string oddity_words(const LayerInfo& layer) {
   if (odd.gate_up_differ > 0) {
     add(fmt::format("gate and up globals differ in {} experts (up to {:.3g}x)", odd.gate_up_differ, odd.largest_ratio));
   }
+  if (odd.globals_invalid > 0)
+    add(fmt::format("{} global scales not finite and positive: it cannot run", odd.globals_invalid));
   if (odd.inputs_missing > 0) add(fmt::format("{} input scales missing", odd.inputs_missing));
   if (odd.inputs_zero > 0) add(fmt::format("{} input scales zero", odd.inputs_zero));
   if (!layer.router) add("no router");
@@ -124,7 +126,8 @@ Json layer_json(const LayerInfo& layer) {
                 {{"gate_up_differ", layer.oddities.gate_up_differ},
                  {"largest_ratio", layer.oddities.largest_ratio},
                  {"inputs_missing", layer.oddities.inputs_missing},
-                 {"inputs_zero", layer.oddities.inputs_zero}}},
+                 {"inputs_zero", layer.oddities.inputs_zero},
+                 {"globals_invalid", layer.oddities.globals_invalid}}},
                {"shared", nullptr}};
   if (layer.shared) {
     json["shared"] = {{"inter", layer.shared->inter},

@@ -122,6 +122,17 @@ class Inspect(Case):
         layer = self.object_of("inspect", FIXTURES / "modelopt-qwen3")["layers"][0]
         self.assertEqual(layer["oddities"]["gate_up_differ"], 2)
 
+    def test_global_scales_that_no_layer_runs_with_are_told(self):
+        copy = self.scratch / "copy"
+        shutil.copytree(TINY / "nvfp4", copy)
+        model = copy / "model.safetensors"
+        tensors = {name: (entry["dtype"], entry["shape"], data) for name, (entry, data) in files.read(model).items()}
+        tensors["model.layers.1.mlp.experts.3.up_proj.weight_scale_2"] = "F32", [], struct.pack("<f", float("nan"))
+        write(model, **tensors)
+        self.assertIn("1 global scales not finite and positive", self.succeeds("inspect", copy))
+        layers = self.object_of("inspect", copy)["layers"]
+        self.assertEqual([layer["oddities"]["globals_invalid"] for layer in layers], [0, 1, 0, 0])
+
     def test_what_is_not_a_checkpoint(self):
         self.refuses(1, "file_unreadable", "inspect", self.scratch / "absent")
         self.input.write_bytes(b"\xff" * 100)
