@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <memory>
 
 #include "case.h"
@@ -229,10 +228,7 @@ Json report_json(const Report& r) {
 int run(const Options& options) {
   if (options.subject.path.empty() == options.subject.shape.empty())
     throw CLI::ValidationError("give either PATH or --shape");
-  if (!options.output.empty() &&
-      !std::filesystem::is_directory(std::filesystem::absolute(options.output).parent_path())) {
-    throw Error(Reason::write_failed, fmt::format("output {}: its folder does not exist", options.output));
-  }
+  if (!options.output.empty()) check_output(options.output, options.subject.path);
   Executor& executor = tbb_executor(options.threads);
   Ceilings ceilings;
   Rotation rotation;

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <filesystem>
 #include <memory>
 #include <set>
 
@@ -17,11 +16,11 @@
 #include "quantity.h"
 #include "table.h"
 #include "tensors.h"
+#include "write_file.h"
 
 namespace fourmoe::tools {
 namespace {
 
-namespace fs = std::filesystem;
 using format::Dtype;
 using format::Tensor;
 using Clock = std::chrono::steady_clock;
@@ -198,33 +197,12 @@ Check compare(const Options& options, const checkpoint::Layer& weights, const In
   return check;
 }
 
-bool same_file(const fs::path& a, const fs::path& b) {
-  std::error_code error;
-  return fs::equivalent(a, b, error) || fs::weakly_canonical(a) == fs::weakly_canonical(b);
-}
-
-// Whether `out`, which exists, belongs to the checkpoint: it lies in its folder, or is its file or describes it.
-bool is_part(const fs::path& checkpoint, const fs::path& out) {
-  if (same_file(checkpoint, out)) return true;
-  if (fs::is_directory(checkpoint)) return same_file(checkpoint, out.parent_path());
-  return checkpoint.extension() == ".safetensors" && out.extension() == ".json" &&
-         same_file(fs::absolute(checkpoint).parent_path(), out.parent_path());
-}
-
 void check_paths(const Options& options) {
   if (options.output.empty()) throw Error(Reason::argument_invalid, "--output is empty");
   if (same_file(options.input, options.output)) {
     throw Error(Reason::file_exists, fmt::format("output {} is the input", options.output));
   }
-  const fs::path out = fs::absolute(options.output);
-  if (!fs::is_directory(out.parent_path())) {
-    throw Error(Reason::write_failed, fmt::format("output {}: its folder does not exist", options.output));
-  }
-  if (!fs::exists(out)) return;
-  if (!fs::is_regular_file(out)) throw Error(Reason::file_exists, fmt::format("output {} is no file", options.output));
-  if (is_part(options.path, out)) {
-    throw Error(Reason::file_exists, fmt::format("output {} is a file of the checkpoint", options.output));
-  }
+  check_output(options.output, options.path);
 }
 
 // Wider elements first, so that every tensor is aligned in the file.

@@ -457,6 +457,17 @@ class Bench(Case):
         self.refuses(1, "write_failed", "bench", "--shape", "64,32,4,2", "--tokens", 1, "--seconds", 0, "--output",
                      self.scratch / "no" / "file")
 
+    def test_the_record_replaces_no_device_and_no_checkpoint(self):
+        copy = self.scratch / "copy"
+        shutil.copytree(TINY / "nvfp4", copy)
+        before = (copy / "config.json").read_bytes()
+        asked = ("bench", copy, "--tokens", 1, "--seconds", 0, "--output")
+        self.refuses(1, "is a file of the checkpoint", *asked, copy / "config.json")
+        self.assertEqual((copy / "config.json").read_bytes(), before)
+        os.mkfifo(self.scratch / "pipe")
+        self.refuses(1, "is no file", *asked, self.scratch / "pipe")
+        self.assertTrue((self.scratch / "pipe").is_fifo())
+
     def test_other_encodings_and_forms(self):
         for shape in ("tiny",):
             for precision in ("w4a16", "w4a4", "w4a8_int8"):
