@@ -252,7 +252,7 @@ int run(const Options& options) {
   const Report report = {options, rotation, ceilings, results, executor.threads()};
   if (options.json) print_json(report_json(report));
   else fmt::print("{}", report_text(report));
-  if (!options.output.empty()) write_file(options.output, report_json(report).dump(2) + "\n");
+  if (!options.output.empty()) write_file(options.output, json_text(report_json(report)));
   return kSuccess;
 }
 

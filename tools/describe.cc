@@ -133,9 +133,11 @@ Json steps_json(const plan::Plan& plan) {
   return steps;
 }
 
-void print_json(const Json& json) {
-  fmt::print("{}\n", json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
+std::string json_text(const Json& json) {
+  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
+
+void print_json(const Json& json) { fmt::print("{}", json_text(json)); }
 
 // H, I, E and k of one layer's routed experts, from the models' config.json.
 std::vector<NamedShape> named_shapes() {

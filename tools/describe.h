@@ -28,8 +28,9 @@ Json problem_json(const Problem& problem);
 Json machine_json(const Machine& machine);
 Json steps_json(const plan::Plan& plan);
 
-// The object on stdout, indented, with a final newline.
-void print_json(const Json& json);
+// The object, indented, with a final newline; what is no UTF-8 (paths may be any bytes) becomes U+FFFD.
+std::string json_text(const Json& json);
+void print_json(const Json& json);  // on stdout
 
 // Problem of --shape: a name or "H,I,E,k". Throws Error(argument_invalid) naming the known shapes.
 Problem parse_shape(const std::string& text);

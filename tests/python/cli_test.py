@@ -468,6 +468,15 @@ class Bench(Case):
         self.refuses(1, "is no file", *asked, self.scratch / "pipe")
         self.assertTrue((self.scratch / "pipe").is_fifo())
 
+    def test_the_record_of_a_path_that_is_no_utf8(self):
+        copy = self.scratch / os.fsdecode(b"m\xff")
+        shutil.copytree(TINY / "nvfp4", copy)
+        path = self.scratch / "bench.json"
+        done = subprocess.run([COMMAND, "bench", copy, "--tokens", "1", "--seconds", "0", "--output", path],
+                              capture_output=True, timeout=60)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertIn("m\ufffd", json.loads(path.read_text())["weights"])
+
     def test_other_encodings_and_forms(self):
         for shape in ("tiny",):
             for precision in ("w4a16", "w4a4", "w4a8_int8"):
