@@ -108,17 +108,21 @@ CLI::Option* add_shape(CLI::App* app, std::string* shape) {
 
 namespace {
 
-int report(std::string_view reason, std::string line) {
+// Where stderr cannot be written the exit code has to do; fmt::print would throw.
+void print_error(std::string line) {
   std::replace(line.begin(), line.end(), '\n', ' ');
-  fmt::print(stderr, "fourmoe: {}: {}\n", reason, line);
+  std::fputs(fmt::format("fourmoe: {}\n", line).c_str(), stderr);
+}
+
+int report(std::string_view reason, std::string_view line) {
+  print_error(fmt::format("{}: {}", reason, line));
   return kFailure;
 }
 
-int report_usage(const CLI::App& app, std::string line) {
+int report_usage(const CLI::App& app, std::string_view line) {
   std::string command = "fourmoe";
   for (const CLI::App* used : app.get_subcommands()) command += " " + used->get_name();
-  std::replace(line.begin(), line.end(), '\n', ' ');
-  fmt::print(stderr, "fourmoe: {}; see {} --help\n", line, command);
+  print_error(fmt::format("{}; see {} --help", line, command));
   return kUsage;
 }
 

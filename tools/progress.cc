@@ -53,7 +53,7 @@ bool Progress::due() {
 void Progress::draw(std::string line) {
   line = fmt::format("{}  {}", title_, line);
   line.resize(std::min(line.size(), terminal_columns() - 1));
-  fmt::print(stderr, "\r{}\x1b[K", line);
+  std::fputs(fmt::format("\r{}\x1b[K", line).c_str(), stderr);  // a terminal that is gone must not end the work
   std::fflush(stderr);
   drawn_ = true;
 }

@@ -101,6 +101,12 @@ class Usage(Case):
             done = subprocess.run([COMMAND, "support"], stdout=full, stderr=subprocess.PIPE, text=True)
         self.assertEqual((done.returncode, done.stderr), (1, "fourmoe: write_failed: standard output cannot be written\n"))
 
+    def test_a_closed_standard_error_changes_no_exit_code(self):
+        with open("/dev/full", "w") as full:
+            for code, arguments in ((1, ("inspect", self.scratch / "absent")), (2, ("frob",)), (2, ("inspect",))):
+                done = subprocess.run([COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=full)
+                self.assertEqual((done.returncode, done.stdout), (code, b""))
+
 
 class Inspect(Case):
     def test_the_trained_model(self):
