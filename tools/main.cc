@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <new>
 
 #include "backends/list.h"
@@ -154,6 +155,9 @@ int guard(const CLI::App& app, const std::vector<Command>& commands) {
     return report("interrupted", "stopped; nothing was written");
   } catch (const Error& error) {
     return report(reason_name(error.reason()), error.what());
+  } catch (const std::filesystem::filesystem_error& error) {  // a folder that may not be searched, a loop of links
+    return report(reason_name(Reason::file_unreadable),
+                  fmt::format("{}: {}", error.path1().string(), error.code().message()));
   } catch (const std::bad_alloc&) {
     return report(reason_name(Reason::out_of_memory), "an allocation failed");
   } catch (const std::exception& error) {

@@ -291,6 +291,10 @@ class Run(Case):
         self.assertEqual(self.input.read_bytes(), before)
         self.refuses(1, "is a file of the checkpoint", *same, TINY / "nvfp4" / "model.safetensors")
         self.refuses(1, "write_failed", *same, self.scratch / "no" / "folder.safetensors")
+        (self.scratch / "loop").symlink_to("loop")
+        self.refuses(1, f"file_unreadable: {self.scratch}/loop: Too many levels of symbolic links", *same,
+                     self.scratch / "loop")
+        self.refuses(1, "File name too long", *same, self.scratch / ("y" * 300))
 
 
 class Quantize(Case):
