@@ -28,9 +28,9 @@ std::size_t terminal_columns() {
 }  // namespace
 
 void watch_for_interrupts() {
-  signal(SIGINT, remember);
-  signal(SIGTERM, remember);
-  if (signal(SIGHUP, remember) == SIG_IGN) signal(SIGHUP, SIG_IGN);  // nohup keeps its meaning
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) {  // nohup, and & in a script, keep their meaning
+    if (signal(number, remember) == SIG_IGN) signal(number, SIG_IGN);
+  }
 }
 
 Progress::Progress(std::string title)

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 SOURCE = pathlib.Path(os.environ.get("FOURMOE_SOURCE", pathlib.Path(__file__).parents[2]))
@@ -359,6 +360,17 @@ class Quantize(Case):
             run.wait(60)
             self.assertEqual([p for p in self.scratch.iterdir() if p.name.startswith(".")], [])
             shutil.rmtree(self.scratch / "out", ignore_errors=True)
+
+    def test_a_signal_that_is_ignored_stays_ignored(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            out = self.scratch / str(int(number))
+            run = subprocess.Popen([COMMAND, *map(str, self.quantize(TINY / "bf16", out))], stdout=subprocess.DEVNULL,
+                                   preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+            while run.poll() is None:
+                run.send_signal(number)
+                time.sleep(0.001)
+            self.assertEqual(run.returncode, 0)
+            self.assertTrue((out / "config.json").is_file())
 
     def test_the_trained_model_equals_modelopts_export(self):
         out = self.scratch / "out"
