@@ -223,6 +223,9 @@ std::vector<const Step*> steps_of(const std::string& backend, i32 device) {
 
 void verify_weights(const std::string& name, const checkpoint::Layer& weights, const Options& options,
                     Progress* progress, std::vector<Verification>* out) {
+  if (const Verdict verdict = check(weights.problem); !verdict.accepted()) {  // of w4a16, which asks for least
+    throw Error(verdict.reason, fmt::format("layer {}: {}", name, verdict.detail));
+  }
   for (const Precision precision : kPrecisions) {
     const i32 device = device_of(options.device, options.backend);
     Bench bench(name, weights, precision, device, &tbb_executor(options.threads));
@@ -290,10 +293,10 @@ Json verification_json(const Verification& v) {
           {"inputs", inputs}};
 }
 
-Json report_json(const std::vector<Verification>& all, i64 failed) {
+Json report_json(const std::vector<Verification>& all, i64 ran, i64 failed) {
   Json steps = Json::array();
   for (const Verification& v : all) steps.push_back(verification_json(v));
-  return {{"machine", machine_json(machine())}, {"passed", failed == 0}, {"steps", steps}};
+  return {{"machine", machine_json(machine())}, {"passed", ran > 0 && failed == 0}, {"steps", steps}};
 }
 
 // One line for each failure, so that a reader of the log needs no JSON.
@@ -313,7 +316,7 @@ int run(const Options& options) {
   const std::vector<Verification> all = verify(options);
   const i64 failed = std::count_if(all.begin(), all.end(), [](const Verification& v) { return !v.passed(); });
   const i64 ran = std::count_if(all.begin(), all.end(), [](const Verification& v) { return !v.outcomes.empty(); });
-  if (options.json) print_json(report_json(all, failed));
+  if (options.json) print_json(report_json(all, ran, failed));
   else print_text(all);
   std::fflush(stdout);
   if (ran == 0) throw Error(Reason::no_plan, "no step could be verified");

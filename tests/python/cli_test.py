@@ -430,6 +430,17 @@ class Verify(Case):
     def test_a_missing_layer(self):
         self.refuses(1, "layer_missing", "verify", TINY / "nvfp4", "--layer", 9)
 
+    def test_what_no_step_takes_has_a_reason_and_has_not_passed(self):
+        copy = self.scratch / "copy"
+        shutil.copytree(TINY / "nvfp4", copy)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 33}))
+        self.refuses(1, "picks_unsupported: layer 0: top-k is 33, expected 1 to 32", "verify", copy)
+        if not self.object_of("explain", "--shape", "tiny")["machine"]["devices"]:
+            asked = ("verify", TINY / "nvfp4", "--device", "cuda:0", "--json")
+            done = self.refuses(1, "no step could be verified", *asked)
+            self.assertFalse(json.loads(done.stdout)["passed"])
+
 
 class Explain(Case):
     def test_a_checkpoint_and_a_shape(self):
