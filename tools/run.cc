@@ -131,6 +131,10 @@ Outcome compute(Layer* layer, const Input& in) {
     throw Error(Reason::dtype_unsupported,
                 fmt::format("hidden_states is {}, expected bf16, f16 or f32", format::dtype_name(in.hidden.dtype)));
   }
+  if (const i64 hidden = layer->problem().hidden; in.hidden.cols != hidden) {  // rows without columns may be any number
+    throw Error(Reason::argument_invalid, fmt::format("hidden_states is [{}, {}], expected [{}, {}]", in.hidden.rows,
+                                                      in.hidden.cols, in.hidden.rows, hidden));
+  }
   Outcome out;
   LayerCall call = call_of(in, &out.output);
   out.ids.resize(static_cast<std::size_t>(in.hidden.rows * layer->problem().top_k));

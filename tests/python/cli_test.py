@@ -254,6 +254,8 @@ class Run(Case):
         self.fails("has no tensor hidden_states; it has other")
         write(self.input, hidden_states=floats(2, HIDDEN + 1))
         self.fails("hidden_states is [2, 129], expected [2, 128]")
+        write(self.input, hidden_states=("F32", [1 << 50, 0], b""))
+        self.fails("hidden_states is [1125899906842624, 0], expected")
         write(self.input, hidden_states=("F32", [2, 1, HIDDEN], b"\0" * 8 * HIDDEN))
         self.fails("expected a matrix")
         write(self.input, hidden_states=("I32", [2, HIDDEN], b"\0" * 8 * HIDDEN))
