@@ -13,6 +13,7 @@
 #include "machine.h"
 #include "progress.h"
 #include "status.h"
+#include "table.h"
 
 namespace fourmoe::tools {
 
@@ -112,7 +113,7 @@ namespace {
 // Where stderr cannot be written the exit code has to do; fmt::print would throw.
 void print_error(std::string line) {
   std::replace(line.begin(), line.end(), '\n', ' ');
-  std::fputs(fmt::format("fourmoe: {}\n", line).c_str(), stderr);
+  std::fputs(fmt::format("fourmoe: {}\n", printable(line)).c_str(), stderr);
 }
 
 int report(std::string_view reason, std::string_view line) {

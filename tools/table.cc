@@ -14,6 +14,16 @@ std::string trimmed(std::string line) {
 
 }  // namespace
 
+std::string printable(std::string_view text) {
+  std::string out;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x20 || byte == 0x7f) out += fmt::format("\\x{:02x}", byte);
+    else out += c;
+  }
+  return out;
+}
+
 Table::Table(const std::vector<std::string>& headers) {
   for (const std::string& header : headers) {
     right_.push_back(header.starts_with('>'));
@@ -23,6 +33,7 @@ Table::Table(const std::vector<std::string>& headers) {
 
 void Table::add(std::vector<std::string> cells) {
   cells.resize(headers_.size());
+  for (std::string& cell : cells) cell = printable(cell);
   rows_.push_back(std::move(cells));
 }
 
@@ -60,7 +71,7 @@ std::string Table::markdown() const {
   return out;
 }
 
-void Facts::add(std::string name, std::string value) { lines_.emplace_back(std::move(name), std::move(value)); }
+void Facts::add(std::string name, std::string_view value) { lines_.emplace_back(std::move(name), printable(value)); }
 
 std::string Facts::text() const {
   std::size_t width = 0;

@@ -2,9 +2,13 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace fourmoe::tools {
+
+// Control characters as \xNN: names come from files of others and go to a terminal.
+std::string printable(std::string_view text);
 
 class Table {
  public:
@@ -25,7 +29,7 @@ class Table {
 // Lines "name   value", the values in one column.
 class Facts {
  public:
-  void add(std::string name, std::string value);
+  void add(std::string name, std::string_view value);
   std::string text() const;
 
  private:

@@ -140,6 +140,16 @@ class Inspect(Case):
         layers = self.object_of("inspect", copy)["layers"]
         self.assertEqual([layer["oddities"]["globals_invalid"] for layer in layers], [0, 1, 0, 0])
 
+    def test_control_characters_of_a_file_do_not_reach_the_terminal(self):
+        copy = self.scratch / "copy"
+        shutil.copytree(TINY / "nvfp4", copy)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "model_type": "a\x1b[2J\nb"}))
+        self.assertIn("a\\x1b[2J\\x0ab\n", self.succeeds("inspect", copy))
+        write(self.input, **{"a\x1b[2J": floats(1, 1)})
+        self.refuses(1, "it has a\\x1b[2J\n", "run", TINY / "nvfp4", "--layer", 0, "--input", self.input, "--output",
+                     self.output)
+
     def test_what_is_not_a_checkpoint(self):
         self.refuses(1, "file_unreadable", "inspect", self.scratch / "absent")
         self.input.write_bytes(b"\xff" * 100)
