@@ -59,12 +59,25 @@ struct Result {
   const char* routing() const { return routes == Routes::random ? "random" : "skewed"; }
 };
 
+// The inputs of all calls of a case, with one output.
+void check_memory(const Problem& p, i64 tokens, i64 calls, bool by_logits) {
+  const f64 token = calls * (2.0 * p.hidden + 8.0 * p.top_k + (by_logits ? 4.0 * p.experts : 0.0)) + 2.0 * p.hidden;
+  const f64 bytes = static_cast<f64>(tokens) * token;
+  const i64 memory = machine().memory_bytes;
+  if (bytes <= 0.75 * static_cast<f64>(memory)) return;
+  throw Error(Reason::out_of_memory,
+              fmt::format("{} calls of {} tokens take {}, the machine has {} of memory; --tokens {} would pass", calls,
+                          tokens, bytes_text(static_cast<i64>(bytes)), bytes_text(memory),
+                          static_cast<i64>(0.75 * static_cast<f64>(memory) / token)));
+}
+
 // Calls that take turns: a call reads few of a layer's experts, so as many calls as read kColdBytes before one returns.
 std::vector<cases::Call> make_calls(const Problem& problem, i32 tokens, Routes routes, bool by_logits) {
   constexpr i64 kLeastCalls = 4;
   const i64 most_active = std::min<i64>(i64{tokens} * problem.top_k, problem.experts);
   const i64 bytes = std::max<i64>(1, most_active * cases::expert_bytes(problem));
   const i64 count = std::clamp<i64>((kColdBytes + bytes - 1) / bytes, kLeastCalls, 4 * kMostLayers);
+  check_memory(problem, tokens, count, by_logits);
   std::vector<cases::Call> calls;
   for (i64 i = 0; i < count; ++i) {
     cases::Spec spec;

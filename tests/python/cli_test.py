@@ -527,6 +527,7 @@ class Bench(Case):
             for precision in ("w4a16", "w4a4", "w4a8_int8"):
                 self.succeeds("bench", "--shape", shape, "--tokens", 2, "--seconds", 0, "--precision", precision)
         self.refuses(1, "shape_unsupported", "bench", "--shape", "65,32,4,2", "--tokens", 1)
+        self.refuses(1, "calls of 1048576 tokens take", "bench", "--shape", "1048576,16,1,1", "--tokens", 1 << 20)
 
     def test_bench_counts_the_shared_expert_and_takes_logits(self):
         asked = ("bench", "--shape", "64,32,4,2", "--tokens", 1, "--seconds", 0)
