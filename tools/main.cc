@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <iostream>
 #include <new>
 
 #include "backends/list.h"
@@ -110,6 +111,8 @@ CLI::Option* add_shape(CLI::App* app, std::string* shape) {
 
 namespace {
 
+constexpr const char* kUnwritable = "standard output cannot be written";
+
 // Where stderr cannot be written the exit code has to do; fmt::print would throw.
 void print_error(std::string line) {
   std::replace(line.begin(), line.end(), '\n', ' ');
@@ -140,7 +143,7 @@ int run(const std::vector<Command>& commands) {
     if (!command.app->parsed()) continue;
     const int code = command.run();
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
-      throw Error(Reason::write_failed, "standard output cannot be written");
+      throw Error(Reason::write_failed, kUnwritable);
     }
     return code;
   }
@@ -170,6 +173,7 @@ int guard(const CLI::App& app, const std::vector<Command>& commands) {
 }  // namespace fourmoe::tools
 
 int main(int argc, char** argv) {
+  using namespace fourmoe;
   using namespace fourmoe::tools;
   CLI::App app{"fourmoe: Mixture-of-Experts layers on 4-bit NVFP4 weights", "fourmoe"};
   app.set_version_flag("--version", "fourmoe " FOURMOE_VERSION);
@@ -183,7 +187,8 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& asked) {  // --help and --version
-    return app.exit(asked);
+    const int code = app.exit(asked);
+    return std::cout.flush() ? code : report(reason_name(Reason::write_failed), kUnwritable);
   } catch (const CLI::ParseError& error) {
     return report_usage(app, error.what());
   }

@@ -98,9 +98,11 @@ class Usage(Case):
         self.refuses(2, "neither H,I,E,k nor one of", "bench", "--shape", "1,2,3")
 
     def test_a_closed_standard_output_is_a_failure(self):
-        with open("/dev/full", "w") as full:
-            done = subprocess.run([COMMAND, "support"], stdout=full, stderr=subprocess.PIPE, text=True)
-        self.assertEqual((done.returncode, done.stderr), (1, "fourmoe: write_failed: standard output cannot be written\n"))
+        failed = (1, "fourmoe: write_failed: standard output cannot be written\n")
+        for word in ("support", "--help", "--version"):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([COMMAND, word], stdout=full, stderr=subprocess.PIPE, text=True)
+            self.assertEqual((done.returncode, done.stderr), failed)
 
     def test_a_closed_standard_error_changes_no_exit_code(self):
         with open("/dev/full", "w") as full:
