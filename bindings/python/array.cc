@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "bindings/python/exchange.h"
+#include "bindings/python/unlocked.h"
 #include "gpu/runtime.h"
 #include "status.h"
 
@@ -387,7 +388,7 @@ void wait_for(nb::handle stream, const std::vector<nb::object>& types, i32 devic
     streams.push_back(stream_of(stream, types[i], device));
   }
   if (streams.empty()) return;
-  const nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   const gpu::Current current(device);
   throw_unless_ok(current.status());
   for (void* one : streams) {

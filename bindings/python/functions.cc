@@ -8,6 +8,7 @@
 #include "bindings/python/array.h"
 #include "bindings/python/keywords.h"
 #include "bindings/python/pack.h"
+#include "bindings/python/unlocked.h"
 #include "checkpoint/checkpoint.h"
 #include "flow.h"
 #include "format/quantise.h"
@@ -116,7 +117,7 @@ i64 block_of(const Array& codes, const Array& scales) {
 std::vector<i32> layers(const nb::object& path) {
   std::filesystem::path converted;
   if (!nb::try_cast(path, converted)) refuse_argument("path is not a path");
-  const nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return checkpoint::Checkpoint::open(converted).layers();
 }
 
@@ -141,7 +142,7 @@ std::tuple<nb::object, nb::object, nb::object> quantize(nb::handle object, nb::h
   u8* out_scales = data_of<u8>(scales);
   f32* out_globals = data_of<f32>(made_globals);
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     Executor& executor = tbb_executor();
     for (i64 i = 0; i < count; ++i) {
       const format::Matrix matrix = matrix_of(values, i);
@@ -173,7 +174,7 @@ nb::object decode(nb::handle codes_object, nb::handle scales_object, nb::handle 
   nb::object made = empty_like(codes_object, shape, Element::f32);
   f32* out = data_of<f32>(made);
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const i64 size = codes.shape[codes.rank - 2] * shape.back();
     for (i64 i = 0; i < count * size; ++i) {
       const u8 byte = scales.data[i / block];
@@ -212,7 +213,7 @@ std::tuple<nb::object, nb::object> route_logits(const nb::dict& dictionary) {
   out.weights = data_of<f32>(weights);
   Status status;
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     status = route::pick(p, in, p.max_tokens, tbb_executor(), out);
   }
   throw_unless_ok(status);
@@ -236,7 +237,7 @@ std::tuple<nb::object, nb::object> split_gate_up(nb::handle object, i64 group, b
   i64 bytes = weights::element_bytes(fused.element);
   for (i32 d = 2; d < fused.rank; ++d) bytes *= fused.shape[d];
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const format::RowOrder order{group, up_first};
     for (i64 i = 0; i < fused.shape[0] * rows; ++i) {
       const u8* expert = fused.data + i / rows * 2 * rows * bytes;

@@ -5,6 +5,7 @@
 
 #include "bindings/python/keywords.h"
 #include "bindings/python/py_layer.h"
+#include "bindings/python/unlocked.h"
 #include "weights/stacks.h"
 
 namespace fourmoe::python {
@@ -39,7 +40,7 @@ class Reader {
 };
 
 weights::Assembled assemble_unlocked(const Stacks& stacks, bool gated, Executor& executor) {
-  const nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return weights::assemble(stacks, gated, executor);
 }
 
@@ -209,7 +210,7 @@ PyLayer* load(const nb::dict& dictionary) {
   const bool shared = given.get("shared", true);
   checkpoint::Layer layer;
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const checkpoint::Checkpoint checkpoint = checkpoint::Checkpoint::open(path);
     const std::vector<i32> known = checkpoint.layers();
     if (index < 0 && known.size() != 1) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <map>
 
+#include "bindings/python/unlocked.h"
 #include "explain_text.h"
 #include "status.h"
 
@@ -108,7 +109,7 @@ Precision parse_precision(const std::string& word) {
 PyLayer::PyLayer(checkpoint::Layer source, const Choices& choices, std::string what, Owners owners)
     : choices_(choices), what_(std::move(what)), executor_(&tbb_executor(choices.threads)), owners_(std::move(owners)) {
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     layer_ = std::make_unique<Layer>(std::move(source), options(choices.precision, choices.plan));
   }
   const std::lock_guard<std::mutex> lock(registry().mutex);
@@ -161,7 +162,7 @@ Layer& PyLayer::choose(const std::optional<std::string>& precision_word, const s
   const Precision precision = precision_word ? parse_precision(*precision_word) : choices_.precision;
   const std::string& plan = plan_word ? *plan_word : choices_.plan;
   if (precision == choices_.precision && plan == choices_.plan) return *layer_;
-  const nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   const std::shared_lock<std::shared_mutex> no_refit(refit_mutex_);
   const std::lock_guard<std::mutex> lock(variants_mutex_);
   for (Variant& known : variants_) {
@@ -193,7 +194,7 @@ nb::object PyLayer::call(const CallArguments& arguments) {
   const Workspace workspace = workspace_of(arguments.workspace, choices_.device, layer.workspace_bytes());
   Status status;
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const std::shared_lock<std::shared_mutex> lock(refit_mutex_);
     status = layer.run(call, workspace);
     if (status.ok() && completes) status = layer.wait(call.stream);
@@ -204,7 +205,7 @@ nb::object PyLayer::call(const CallArguments& arguments) {
 
 void PyLayer::refit(weights::Assembled assembled, std::vector<nb::object> owners) {
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const std::unique_lock<std::shared_mutex> lock(refit_mutex_);
     const std::lock_guard<std::mutex> variants_lock(variants_mutex_);
     checkpoint::Layer next = layer_->weights();
@@ -230,7 +231,7 @@ void PyLayer::wait(nb::handle stream) {
   void* address = stream_of(stream, framework_, choices_.device);
   Status status;
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const std::shared_lock<std::shared_mutex> lock(refit_mutex_);
     status = layer_->wait(address);
     const std::lock_guard<std::mutex> variants_lock(variants_mutex_);

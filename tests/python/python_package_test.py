@@ -276,6 +276,18 @@ class Contracts(unittest.TestCase):
         self.assertEqual(failures, [])
 
 
+    def test_a_daemon_thread_at_work_when_the_interpreter_ends(self):
+        run_python(
+            "import threading, time\n"
+            "from package import Packed, fourmoe\n"
+            "packed = Packed(hidden=256, inter=256)\n"
+            "layer, arrays = fourmoe.pack(**packed.arguments), packed.tokens(32)\n"
+            "def work():\n"
+            "    while True: layer(*arrays)\n"
+            "for _ in range(3): threading.Thread(target=work, daemon=True).start()\n"
+            "time.sleep(0.1)\n")
+
+
 class Memory(unittest.TestCase):
     def test_layer_keeps_the_weights_alive_and_frees_them(self):
         class Watched(np.ndarray):
