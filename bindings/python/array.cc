@@ -234,9 +234,10 @@ Array view(const char* name, nb::handle object, Access access) {
 }
 
 format::Tensor matrix(const char* name, nb::handle object, i32 device, std::initializer_list<Element> elements,
-                      Access access) {
+                      std::vector<nb::object>* owners, Access access) {
   if (object.is_none()) return {};
   const Array array = view(name, object, access);
+  if (array.owner.is_valid()) owners->push_back(array.owner);
   require_element(array, elements);
   if (array.device != device) {
     throw Error(Reason::argument_invalid, fmt::format("{} is on {}, expected {}, where the layer is", name,

@@ -42,9 +42,10 @@ enum class Access { read, write };
 Array view(const char* name, nb::handle object, Access access = Access::read);
 
 // A matrix argument of the layer's call: two dimensions, rows contiguous, one of the element types. An empty Tensor for
-// None. `device` is where the layer lives.
+// None. `device` is where the layer lives. Appends what keeps the memory alive to *owners, where the object itself may
+// not: `__dlpack__` may lend a copy.
 format::Tensor matrix(const char* name, nb::handle object, i32 device, std::initializer_list<Element> elements,
-                      Access access = Access::read);
+                      std::vector<nb::object>* owners, Access access = Access::read);
 
 // What weight arguments are made of, by the place of their memory.
 struct Held {

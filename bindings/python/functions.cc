@@ -192,7 +192,9 @@ std::tuple<nb::object, nb::object> route_logits(const nb::dict& dictionary) {
   Problem p;
   p.routing = read_routing(given);
   route::In in;
-  in.logits = matrix("router_logits", object, -1, {Element::f32, Element::f16, Element::bf16});
+  if (object.is_none()) refuse_argument("router_logits is None");
+  std::vector<nb::object> owners;
+  in.logits = matrix("router_logits", object, -1, {Element::f32, Element::f16, Element::bf16}, &owners);
   const i64 tokens = in.logits.rows;
   p.experts = p.local_experts = static_cast<i32>(std::min<i64>(in.logits.cols, 1 << 20));
   p.top_k = given.get("top_k", 0);

@@ -50,9 +50,10 @@ void check_out(const format::Tensor& out, i64 tokens, i64 hidden) {
               fmt::format("out is [{}, {}], expected [{}, {}] or more rows", out.rows, out.cols, tokens, hidden));
 }
 
-Workspace workspace_of(nb::handle object, i32 device, i64 needed) {
+Workspace workspace_of(nb::handle object, i32 device, i64 needed, std::vector<nb::object>* owners) {
   if (object.is_none()) return {};
   const Array array = view("workspace", object, Access::write);
+  if (array.owner.is_valid()) owners->push_back(array.owner);
   const bool bytes = array.element == Element::u8 && array.rank == 1 && (array.strides[0] == 1 || array.shape[0] <= 1);
   if (!bytes || array.device != device) {
     throw Error(
@@ -68,16 +69,16 @@ Workspace workspace_of(nb::handle object, i32 device, i64 needed) {
   return {reinterpret_cast<std::byte*>(array.data) + skipped, array.shape[0] - skipped};
 }
 
-LayerCall convert(const CallArguments& arguments, i32 device) {
+LayerCall convert(const CallArguments& arguments, i32 device, std::vector<nb::object>* owners) {
   LayerCall call;
   if (arguments.hidden_states.is_none()) throw Error(Reason::argument_invalid, "hidden_states is None");
   const bool quantised = !arguments.hidden_scales.is_none();
-  call.hidden = quantised ? matrix("hidden_states", arguments.hidden_states, device, {Element::u8})
-                          : matrix("hidden_states", arguments.hidden_states, device, kFloats);
-  call.hidden_scales = matrix("hidden_scales", arguments.hidden_scales, device, {Element::e4m3, Element::u8});
-  call.ids = matrix("topk_ids", arguments.topk_ids, device, kIds);
-  call.weights = matrix("topk_weights", arguments.topk_weights, device, kFloats);
-  call.logits = matrix("router_logits", arguments.router_logits, device, kFloats);
+  call.hidden = quantised ? matrix("hidden_states", arguments.hidden_states, device, {Element::u8}, owners)
+                          : matrix("hidden_states", arguments.hidden_states, device, kFloats, owners);
+  call.hidden_scales = matrix("hidden_scales", arguments.hidden_scales, device, {Element::e4m3, Element::u8}, owners);
+  call.ids = matrix("topk_ids", arguments.topk_ids, device, kIds, owners);
+  call.weights = matrix("topk_weights", arguments.topk_weights, device, kFloats, owners);
+  call.logits = matrix("router_logits", arguments.router_logits, device, kFloats, owners);
   return call;
 }
 
@@ -174,14 +175,15 @@ Layer& PyLayer::choose(const std::optional<std::string>& precision_word, const s
 }
 
 nb::object PyLayer::call(const CallArguments& arguments) {
-  LayerCall call = convert(arguments, choices_.device);
+  std::vector<nb::object> owners;  // until the call ends
+  LayerCall call = convert(arguments, choices_.device, &owners);
   const Problem& p = problem();
   check_routes(call, p);
   const bool own = arguments.out.is_none();
   nb::object out = own ? empty_like(arguments.hidden_states, {call.hidden.rows, p.hidden},
                                     element_of(call.hidden.dtype), choices_.device)
                        : nb::borrow(arguments.out);
-  call.output = matrix("out", out, choices_.device, kFloats, Access::write);
+  call.output = matrix("out", out, choices_.device, kFloats, &owners, Access::write);
   check_out(call.output, call.hidden.rows, p.hidden);
   check_apart("hidden_states", call.hidden, call.output);
   check_apart("topk_ids", call.ids, call.output);
@@ -191,7 +193,7 @@ nb::object PyLayer::call(const CallArguments& arguments) {
   if (!framework_.is(arguments.hidden_states.type())) framework_ = nb::borrow(arguments.hidden_states.type());
   const bool completes = own && choices_.device >= 0 && is_immutable(arguments.hidden_states);
   Layer& layer = choose(arguments.precision, arguments.plan);
-  const Workspace workspace = workspace_of(arguments.workspace, choices_.device, layer.workspace_bytes());
+  const Workspace workspace = workspace_of(arguments.workspace, choices_.device, layer.workspace_bytes(), &owners);
   Status status;
   {
     const Unlocked unlocked;

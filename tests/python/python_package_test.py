@@ -221,6 +221,23 @@ class Contracts(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, f"workspace has 100 bytes, expected {need}"):
             self.layer(x, ids, weights, workspace=np.empty(100, np.uint8))
 
+    def test_memory_that_only_dlpack_keeps(self):
+        packed = Packed(hidden=512, inter=256)
+        layer = fourmoe.pack(**packed.arguments)
+        x, ids, weights = packed.tokens(300)
+
+        class Copying:
+            def __init__(self, array):
+                self.array = array
+
+            def __dlpack__(self, **options):
+                return self.array.copy().__dlpack__()
+
+            def __dlpack_device__(self):
+                return self.array.__dlpack_device__()
+
+        np.testing.assert_array_equal(layer(Copying(x), Copying(ids), Copying(weights)), layer(x, ids, weights))
+
     def test_wrong_arguments_are_named(self):
         x, ids, weights = self.packed.tokens(4)
         wide = np.zeros((4, 128), np.float32)
