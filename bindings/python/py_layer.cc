@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
+#include <span>
 
 #include "bindings/python/unlocked.h"
 #include "explain_text.h"
@@ -32,22 +34,49 @@ Element element_of(format::Dtype dtype) {
   return dtype == format::Dtype::f32 ? Element::f32 : Element::bf16;
 }
 
-i64 bytes_of(const format::Tensor& t) {
-  if (t.empty() || t.rows == 0) return 0;
-  return ((t.rows - 1) * t.stride + t.cols) * format::dtype_bytes(t.dtype);
+// The memory from the first byte of a view to its last; rows may follow each other in either direction.
+std::span<const u8> extent_of(const format::Tensor& t) {
+  if (t.empty() || t.rows == 0) return {};
+  const u8* first = t.row(t.stride < 0 ? t.rows - 1 : 0);
+  const i64 bytes = ((t.rows - 1) * std::abs(t.stride) + t.cols) * format::dtype_bytes(t.dtype);
+  return {first, static_cast<std::size_t>(bytes)};
 }
 
-void check_apart(const char* name, const format::Tensor& in, const format::Tensor& out) {
-  const u8* a = static_cast<const u8*>(in.data);
-  const u8* b = static_cast<const u8*>(out.data);
-  if (bytes_of(in) == 0 || bytes_of(out) == 0 || a + bytes_of(in) <= b || b + bytes_of(out) <= a) return;
-  throw Error(Reason::argument_invalid, fmt::format("out shares memory with {}, expected memory of its own", name));
+// `name` names what is written.
+void check_apart(const char* name, std::span<const u8> written, const char* other, std::span<const u8> memory) {
+  const u8* a = memory.data();
+  const u8* b = written.data();
+  if (memory.empty() || written.empty() || a + memory.size() <= b || b + written.size() <= a) return;
+  throw Error(Reason::argument_invalid,
+              fmt::format("{} shares memory with {}, expected memory of its own", name, other));
+}
+
+// What a call writes shares no memory with what it reads, nor with each other. Of a workspace it writes the first
+// `used` bytes.
+void check_all_apart(const LayerCall& call, const Workspace& workspace, i64 used) {
+  const std::span<const u8> out = extent_of(call.output);
+  const std::span<const u8> scratch(reinterpret_cast<const u8*>(workspace.data),
+                                    static_cast<std::size_t>(workspace.data != nullptr ? used : 0));
+  for (const auto& [name, tensor] : {std::pair{"hidden_states", &call.hidden},
+                                     {"hidden_scales", &call.hidden_scales},
+                                     {"topk_ids", &call.ids},
+                                     {"topk_weights", &call.weights},
+                                     {"router_logits", &call.logits}}) {
+    const std::span<const u8> memory = extent_of(*tensor);
+    check_apart("out", out, name, memory);
+    check_apart("workspace", scratch, name, memory);
+  }
+  check_apart("workspace", scratch, "out", out);
 }
 
 void check_out(const format::Tensor& out, i64 tokens, i64 hidden) {
-  if (out.rows >= tokens && out.cols == hidden) return;
-  throw Error(Reason::argument_invalid,
-              fmt::format("out is [{}, {}], expected [{}, {}] or more rows", out.rows, out.cols, tokens, hidden));
+  if (out.rows < tokens || out.cols != hidden) {
+    throw Error(Reason::argument_invalid,
+                fmt::format("out is [{}, {}], expected [{}, {}] or more rows", out.rows, out.cols, tokens, hidden));
+  }
+  if (out.stride >= hidden || tokens <= 1) return;
+  throw Error(Reason::stride_unsupported,
+              fmt::format("out has rows {} elements apart, expected at least {}", out.stride, hidden));
 }
 
 Workspace workspace_of(nb::handle object, i32 device, i64 needed, std::vector<nb::object>* owners) {
@@ -185,15 +214,13 @@ nb::object PyLayer::call(const CallArguments& arguments) {
                        : nb::borrow(arguments.out);
   call.output = matrix("out", out, choices_.device, kFloats, &owners, Access::write);
   check_out(call.output, call.hidden.rows, p.hidden);
-  check_apart("hidden_states", call.hidden, call.output);
-  check_apart("topk_ids", call.ids, call.output);
-  check_apart("topk_weights", call.weights, call.output);
-  check_apart("router_logits", call.logits, call.output);
   call.stream = stream_of(arguments.stream, arguments.hidden_states.type(), choices_.device);
   if (!framework_.is(arguments.hidden_states.type())) framework_ = nb::borrow(arguments.hidden_states.type());
   const bool completes = own && choices_.device >= 0 && is_immutable(arguments.hidden_states);
   Layer& layer = choose(arguments.precision, arguments.plan);
-  const Workspace workspace = workspace_of(arguments.workspace, choices_.device, layer.workspace_bytes(), &owners);
+  const i64 used = layer.workspace_bytes();
+  const Workspace workspace = workspace_of(arguments.workspace, choices_.device, used, &owners);
+  check_all_apart(call, workspace, used);
   Status status;
   {
     const Unlocked unlocked;

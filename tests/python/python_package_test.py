@@ -221,6 +221,35 @@ class Contracts(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, f"workspace has 100 bytes, expected {need}"):
             self.layer(x, ids, weights, workspace=np.empty(100, np.uint8))
 
+    def test_what_is_written_shares_no_memory(self):
+        x, ids, weights = self.packed.tokens(5)
+        need, size = self.layer.workspace_bytes(), x.nbytes
+        memory = np.zeros(-(-need // 64) * 64 + size, np.uint8)
+        inside = memory[size : 2 * size].view(np.float32).reshape(5, 64)
+        inside[:] = x
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "workspace shares memory with out"):
+            self.layer(x, ids, weights, out=inside, workspace=memory)
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "workspace shares memory with hidden_states"):
+            self.layer(inside, ids, weights, workspace=memory)
+        np.testing.assert_array_equal(inside, x)
+        after = memory[-size:].view(np.float32).reshape(5, 64)  # what the call does not use
+        np.testing.assert_array_equal(self.layer(x, ids, weights, out=after, workspace=memory),
+                                      self.layer(x, ids, weights))
+        quantised = fourmoe.pack(**self.packed.arguments, precision="w4a4")
+        codes, scales, _ = fourmoe.quantize(x)
+        out = np.zeros((5, 64), np.float32)
+        held = out.view(np.uint8).reshape(-1)[: scales.size].reshape(scales.shape)
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "out shares memory with hidden_scales"):
+            quantised(codes, ids, weights, hidden_scales=held, out=out)
+
+    def test_rows_of_out_that_overlap_are_refused(self):
+        x, ids, weights = self.packed.tokens(5)
+        one_by_one = fourmoe.pack(**self.packed.arguments, max_tokens=1)
+        out = np.lib.stride_tricks.as_strided(np.zeros(128, np.float32), (5, 64), (4, 4))
+        for layer in (self.layer, one_by_one):
+            with self.assertRaisesRegex(fourmoe.ArgumentError, "out has rows 1 elements apart, expected at least 64"):
+                layer(x, ids, weights, out=out)
+
     def test_memory_that_only_dlpack_keeps(self):
         packed = Packed(hidden=512, inter=256)
         layer = fourmoe.pack(**packed.arguments)
