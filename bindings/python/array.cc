@@ -222,10 +222,12 @@ i64 Array::count() const {
 
 Array view(const char* name, nb::handle object, Access access) {
   if (const exchange::Api* api = api_of(object)) return view_borrowed(name, object, *api);
-  std::optional<Array> out =
-      access == Access::write ? import_any<nb::ndarray<>>(name, object) : import_any<nb::ndarray<nb::ro>>(name, object);
+  const bool writes = access == Access::write;
+  std::optional<Array> out;
+  if (writes && !is_immutable(object)) out = import_any<nb::ndarray<>>(name, object);
+  if (!writes) out = import_any<nb::ndarray<nb::ro>>(name, object);
   if (out) return *out;
-  if (access == Access::write && import_any<nb::ndarray<nb::ro>>(name, object)) {
+  if (writes && import_any<nb::ndarray<nb::ro>>(name, object)) {
     throw Error(Reason::argument_invalid, fmt::format("{} is read-only, expected an array that can be written", name));
   }
   throw Error(

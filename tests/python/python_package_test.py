@@ -162,6 +162,22 @@ class Results(unittest.TestCase):
             half = layer(jax.numpy.asarray(arrays[0], jax.numpy.bfloat16), *map(jax.numpy.asarray, arrays[1:]))
             self.assertEqual(half.dtype, jax.numpy.bfloat16)
 
+    def test_arrays_of_jax_are_not_written(self):
+        try:
+            import jax
+        except ImportError:
+            self.skipTest("no jax here")
+        packed = Packed()
+        layer = fourmoe.pack(**packed.arguments)
+        arrays = packed.tokens(5)
+        with jax.default_device(jax.devices("cpu")[0]):
+            out = jax.numpy.zeros((5, 64))
+            with self.assertRaisesRegex(fourmoe.ArgumentError, "out is read-only"):
+                layer(*arrays, out=out)
+            with self.assertRaisesRegex(fourmoe.ArgumentError, "workspace is read-only"):
+                layer(*arrays, workspace=jax.numpy.zeros(layer.workspace_bytes(), "uint8"))
+            np.testing.assert_array_equal(np.asarray(out), 0)
+
     def test_memory_of_plain_python(self):
         packed = Packed()
         x, ids, weights = packed.tokens(5)
