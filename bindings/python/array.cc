@@ -220,7 +220,10 @@ i64 Array::count() const {
   return count;
 }
 
-Array view(const char* name, nb::handle object, Access access) {
+namespace {
+
+// Without a check of its memory.
+Array view_any(const char* name, nb::handle object, Access access) {
   if (const exchange::Api* api = api_of(object)) return view_borrowed(name, object, *api);
   const bool writes = access == Access::write;
   std::optional<Array> out;
@@ -233,6 +236,15 @@ Array view(const char* name, nb::handle object, Access access) {
   throw Error(
       Reason::argument_invalid,
       fmt::format("{} is {}, expected an array of numpy, torch or another DLPack framework", name, type_words(object)));
+}
+
+}  // namespace
+
+Array view(const char* name, nb::handle object, Access access) {
+  Array array = view_any(name, object, access);
+  if (array.data != nullptr || array.count() == 0) return array;
+  throw Error(Reason::argument_invalid,
+              fmt::format("{} is {} without memory: freed, or never had", name, shape_words(array)));
 }
 
 format::Tensor matrix(const char* name, nb::handle object, i32 device, std::initializer_list<Element> elements,

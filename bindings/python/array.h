@@ -38,7 +38,8 @@ struct Array {
 enum class Access { read, write };
 
 // Throws Error(argument_invalid, dtype_unsupported) naming the argument when the object is no array, has too many
-// dimensions, lies on a device that is neither the host nor CUDA, or is read-only and to be written.
+// dimensions, lies on a device that is neither the host nor CUDA, has elements but no memory (a torch tensor whose
+// storage was freed, or a fake one), or cannot be written and is to be.
 Array view(const char* name, nb::handle object, Access access = Access::read);
 
 // A matrix argument of the layer's call: two dimensions, rows contiguous, one of the element types. An empty Tensor for

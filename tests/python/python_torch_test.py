@@ -73,6 +73,31 @@ class Tensors(unittest.TestCase):
             self.assertIs(self.layer(*call, out=out, workspace=workspace), out)
         self.assertEqual([event.name for event in profile.events() if event.cpu_memory_usage > 0], [])
 
+    def test_tensors_without_memory(self):
+        def freed(tensor):
+            tensor = tensor.clone()
+            tensor.untyped_storage().resize_(0)
+            return tensor
+
+        x, ids, weights = tensors(self.packed.tokens(4))
+        routed = fourmoe.pack(**self.arguments, router=torch.randn(8, 64))  # which would pick where ids are not there
+        workspace = torch.empty(self.layer.workspace_bytes(), dtype=torch.uint8)
+        with torch._subclasses.FakeTensorMode():
+            fake = torch.empty(4, 64)
+        for name, call in [
+            ("hidden_states", lambda: self.layer(freed(x), ids, weights)),
+            ("hidden_states", lambda: self.layer(fake, ids, weights)),
+            ("topk_ids", lambda: routed(x, freed(ids), freed(weights))),
+            ("out", lambda: self.layer(x, ids, weights, out=freed(x))),
+            ("workspace", lambda: self.layer(x, ids, weights, workspace=freed(workspace))),
+            ("up", lambda: fourmoe.pack(**{**self.arguments, "up": freed(self.arguments["up"])})),
+            ("up_global", lambda: fourmoe.pack(**{**self.arguments, "up_global": freed(self.arguments["up_global"])})),
+            ("values", lambda: fourmoe.quantize(freed(x))),
+            ("router_logits", lambda: fourmoe.route(freed(x), top_k=2)),
+        ]:
+            with self.subTest(name), self.assertRaisesRegex(fourmoe.ArgumentError, rf"^{name} is \[.*\] without memory"):
+                call()
+
     def test_refusals_name_argument_and_device(self):
         x, ids, weights = tensors(self.packed.tokens(4))
         for words, call in [
