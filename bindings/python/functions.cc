@@ -230,10 +230,16 @@ std::tuple<nb::object, nb::object> split_gate_up(nb::handle object, i64 group, b
     throw Error(Reason::shape_unsupported,
                 fmt::format("tensor has {} rows, expected a positive multiple of {}", fused.shape[1], 2 * group));
   }
+  const bool scales = fused.element == Element::e4m3 || fused.element == Element::e8m0;
+  const Element element = scales ? Element::u8 : fused.element;
+  if (element == Element::other) {  // of no known size
+    throw Error(Reason::dtype_unsupported,
+                "tensor is another type, expected f32, f16, bf16, i32, i64, u8 or an 8-bit float of scales");
+  }
   std::vector<i64> shape = shape_of(fused);
   shape[1] = rows;
-  nb::object gate = empty_like(object, shape, fused.element == Element::e4m3 ? Element::u8 : fused.element);
-  nb::object up = empty_like(object, shape, fused.element == Element::e4m3 ? Element::u8 : fused.element);
+  nb::object gate = empty_like(object, shape, element);
+  nb::object up = empty_like(object, shape, element);
   u8* out_gate = data_of<u8>(gate);
   u8* out_up = data_of<u8>(up);
   i64 bytes = weights::element_bytes(fused.element);

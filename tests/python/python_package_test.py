@@ -507,6 +507,25 @@ class Inspection(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "tensor has 256 rows, expected a positive multiple of 192"):
             fourmoe.split_gate_up(np.zeros((1, 256, 2), np.uint8), 96)
 
+    def test_gate_and_up_of_each_type(self):
+        def split(values):
+            return fourmoe.split_gate_up(values)[0]
+
+        for dtype in (np.float32, np.float16, np.int32, np.int64, np.uint8):
+            values = np.arange(24).reshape(2, 4, 3).astype(dtype)
+            np.testing.assert_array_equal(split(values), values[:, :2])
+            self.assertEqual(split(values).dtype, dtype)
+        for dtype in (np.float64, np.int16, np.int8, bool, np.complex64):
+            with self.assertRaisesRegex(fourmoe.ArgumentError, "tensor is another type, expected f32, "):
+                split(np.zeros((2, 4, 3), dtype))
+        try:
+            import ml_dtypes
+        except ImportError:
+            self.skipTest("no ml_dtypes here")
+        for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu):
+            values = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+            np.testing.assert_array_equal(split(values.view(dtype)), values[:, :2])
+
     def test_scales_out_of_atoms(self):
         rows, blocks, experts = 256, 8, 3
         linear = np.random.default_rng(6).integers(0, 127, (experts, rows, blocks)).astype(np.uint8)
