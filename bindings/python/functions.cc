@@ -253,7 +253,7 @@ std::tuple<nb::object, nb::object> split_gate_up(nb::handle object, i64 group, b
       std::memcpy(out_up + i * bytes, expert + order.up_row(i % rows) * bytes, bytes);
     }
   }
-  return {gate, up};
+  return {back_to(object, gate), back_to(object, up)};
 }
 
 nb::object linear_scales(nb::handle object) {
@@ -274,9 +274,11 @@ nb::object linear_scales(nb::handle object) {
   }
   nb::object made = empty_like(object, {atoms.matrices(), atoms.rows(), atoms.blocks()}, Element::u8);
   u8* out = data_of<u8>(made);
-  const nb::gil_scoped_release unlocked;
-  for (i64 m = 0; m < atoms.matrices(); ++m) format::read_linear(atoms, m, out + m * atoms.rows() * atoms.blocks());
-  return made;
+  {
+    const Unlocked unlocked;
+    for (i64 m = 0; m < atoms.matrices(); ++m) format::read_linear(atoms, m, out + m * atoms.rows() * atoms.blocks());
+  }
+  return back_to(object, made);
 }
 
 }  // namespace fourmoe::python

@@ -162,6 +162,19 @@ class Results(unittest.TestCase):
             half = layer(jax.numpy.asarray(arrays[0], jax.numpy.bfloat16), *map(jax.numpy.asarray, arrays[1:]))
             self.assertEqual(half.dtype, jax.numpy.bfloat16)
 
+    def test_functions_return_arrays_of_jax(self):
+        try:
+            import jax
+        except ImportError:
+            self.skipTest("no jax here")
+        with jax.default_device(jax.devices("cpu")[0]):
+            fused = jax.numpy.arange(24, dtype="float32").reshape(2, 4, 3)
+            gate, up = fourmoe.split_gate_up(fused)
+            self.assertIsInstance(gate, jax.Array)
+            self.assertIsInstance(up, jax.Array)
+            np.testing.assert_array_equal(np.asarray(gate), np.asarray(fused)[:, :2])
+            self.assertIsInstance(fourmoe.linear_scales(jax.numpy.zeros((32, 4, 1, 4, 1, 2), "uint8")), jax.Array)
+
     def test_arrays_of_jax_are_not_written(self):
         try:
             import jax
