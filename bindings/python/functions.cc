@@ -202,12 +202,18 @@ std::tuple<nb::object, nb::object> route_logits(const nb::dict& dictionary) {
   p.max_tokens = static_cast<i32>(std::min<i64>(tokens, 1 << 24));
   if (const Verdict verdict = check(p); !verdict.accepted()) throw Error(verdict.reason, verdict.detail);
   Array bias;
-  if (given.has("selection_bias")) bias = host("selection_bias", given.object("selection_bias"), 1);
-  if (bias.data != nullptr && (bias.element != Element::f32 || bias.count() != p.experts)) {
+  const bool biased = given.has("selection_bias");
+  if (biased) bias = host("selection_bias", given.object("selection_bias"), 1);
+  if (biased && (bias.element != Element::f32 || bias.count() != p.experts)) {
     refuse_argument(fmt::format("selection_bias has {} elements of {}, expected {} of f32", bias.count(),
                                 weights::element_name(bias.element), p.experts));
   }
   in.bias = reinterpret_cast<const f32*>(bias.data);
+  for (i32 e = 0; biased && e < p.experts; ++e) {
+    if (std::isfinite(in.bias[e])) continue;
+    throw Error(Reason::value_not_finite,
+                fmt::format("selection_bias[{}] is {}, expected a finite number", e, in.bias[e]));
+  }
   nb::object ids = empty_like(object, {tokens, p.top_k}, Element::i32);
   nb::object weights = empty_like(object, {tokens, p.top_k}, Element::f32);
   route::Out out;

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <nanobind/stl/filesystem.h>
 
+#include <cmath>
+
 #include "bindings/python/keywords.h"
 #include "bindings/python/py_layer.h"
 #include "bindings/python/unlocked.h"
@@ -55,6 +57,11 @@ Enum by_name(const char* argument, const std::string& word, std::initializer_lis
   throw Error(Reason::argument_invalid, fmt::format("{} is '{}', expected one of {}", argument, word, known));
 }
 
+void require_finite(const char* name, f32 value) {
+  if (std::isfinite(value)) return;
+  throw Error(Reason::argument_invalid, fmt::format("{} is {}, expected a finite number", name, value));
+}
+
 Activation read_activation(const Keywords& given) {
   using enum ActivationKind;
   Activation activation;
@@ -68,6 +75,8 @@ Activation read_activation(const Keywords& given) {
   if (!(activation.limit > 0.0f)) {
     throw Error(Reason::argument_invalid, fmt::format("limit is {}, expected above 0", activation.limit));
   }
+  require_finite("alpha", activation.alpha);
+  require_finite("beta", activation.beta);
   return activation;
 }
 
@@ -161,6 +170,7 @@ Routing read_routing(const Keywords& given) {
   routing.group_best = given.get("group_best", 2);
   routing.renormalise = given.get("renormalise", true);
   routing.scale = given.get("scale", 1.0f);
+  require_finite("scale", routing.scale);
   routing.weight_on_input = given.get("weight_on_input", false);
   return routing;
 }

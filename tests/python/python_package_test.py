@@ -351,6 +351,22 @@ class Contracts(unittest.TestCase):
         self.assertEqual(failures, [])
 
 
+    def test_numbers_that_are_not_finite(self):
+        x, _, _ = self.packed.tokens(4)
+        nan = np.zeros(8, np.float32)
+        nan[3] = np.nan
+        logits = np.zeros((4, 8), np.float32)
+        for words, call in [
+            ("alpha is nan, expected a finite number", lambda: fourmoe.pack(**self.packed.arguments, alpha=np.nan)),
+            ("beta is inf, expected a finite number", lambda: fourmoe.pack(**self.packed.arguments, beta=np.inf)),
+            ("scale is nan, expected a finite number", lambda: fourmoe.pack(**self.packed.arguments, scale=np.nan)),
+            ("scale is nan, expected a finite number", lambda: fourmoe.route(logits, top_k=2, scale=np.nan)),
+            (r"selection_bias\[3\] is nan, expected a finite number", lambda: fourmoe.pack(**self.packed.arguments, selection_bias=nan)),
+            (r"selection_bias\[3\] is nan, expected a finite number", lambda: fourmoe.route(logits, top_k=2, selection_bias=nan)),
+        ]:
+            with self.subTest(words), self.assertRaisesRegex(fourmoe.ArgumentError, words):
+                call()
+
     def test_a_daemon_thread_at_work_when_the_interpreter_ends(self):
         run_python(
             "import threading, time\n"
