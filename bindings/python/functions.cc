@@ -32,6 +32,7 @@ Array host(const char* name, nb::handle object, i32 least) {
   if (array.rank < least) {
     refuse_argument(fmt::format("{} has {} dimensions, expected at least {}", name, array.rank, least));
   }
+  if (array.count() == 0) return array;
   i64 contiguous = 1;
   for (i32 d = array.rank - 1; d >= 0; --d) {
     if (array.strides[d] != contiguous && array.shape[d] > 1) {
@@ -72,6 +73,16 @@ i64 matrices_in(const Array& array) {
   i64 count = 1;
   for (i32 d = 0; d + 2 < array.rank; ++d) count *= array.shape[d];
   return count;
+}
+
+// "values[1, 0]": one matrix of many.
+std::string name_of(const Array& array, i64 index) {
+  std::string words;
+  for (i32 d = array.rank - 3; d >= 0; --d) {
+    words = fmt::format("{}{}{}", index % array.shape[d], words.empty() ? "" : ", ", words);
+    index /= array.shape[d];
+  }
+  return words.empty() ? array.name : fmt::format("{}[{}]", array.name, words);
 }
 
 // One global a matrix: an array of `count` f32, a number for all of them, or none (then empty).
@@ -147,7 +158,7 @@ std::tuple<nb::object, nb::object, nb::object> quantize(nb::handle object, nb::h
     for (i64 i = 0; i < count; ++i) {
       const format::Matrix matrix = matrix_of(values, i);
       const i64 size = i64{matrix.rows} * matrix.cols;
-      const f32 amax = weights::find_amax(matrix, "values", executor);
+      const f32 amax = weights::find_amax(matrix, name_of(values, i), executor);
       out_globals[i] = globals.empty() ? weights::global_of(amax) : globals[i];
       weights::quantise(matrix, out_globals[i], executor, out_codes + i * size / 2, out_scales + i * size / 16);
     }

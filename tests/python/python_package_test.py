@@ -555,6 +555,15 @@ class Inspection(unittest.TestCase):
             values = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
             np.testing.assert_array_equal(split(values.view(dtype)), values[:, :2])
 
+    def test_nothing_and_what_is_not_finite(self):
+        codes, scales, globals_ = fourmoe.quantize(np.zeros((2, 0, 64), np.float32))
+        self.assertEqual((codes.shape, scales.shape, globals_.shape), ((2, 0, 32), (2, 0, 4), (2,)))
+        self.assertEqual(fourmoe.split_gate_up(np.zeros((0, 4, 3), np.float32))[0].shape, (0, 2, 3))
+        values = np.zeros((2, 3, 5, 64), np.float32)
+        values[1, 2, 3, 7] = np.nan
+        with self.assertRaisesRegex(fourmoe.ArgumentError, r"values\[1, 2\]' has nan at \[3, 7\]"):
+            fourmoe.quantize(values)
+
     def test_scales_out_of_atoms(self):
         rows, blocks, experts = 256, 8, 3
         linear = np.random.default_rng(6).integers(0, 127, (experts, rows, blocks)).astype(np.uint8)
