@@ -25,6 +25,8 @@ namespace {
 
 std::vector<i64> shape_of(const Array& array) { return {array.shape.begin(), array.shape.begin() + array.rank}; }
 
+constexpr i64 kMostTokens = 1 << 24;  // that one call of route takes
+
 // A contiguous array in host memory of at least `least` dimensions.
 Array host(const char* name, nb::handle object, i32 least) {
   Array array = view(name, object);
@@ -207,10 +209,13 @@ std::tuple<nb::object, nb::object> route_logits(const nb::dict& dictionary) {
   std::vector<nb::object> owners;
   in.logits = matrix("router_logits", object, -1, {Element::f32, Element::f16, Element::bf16}, &owners);
   const i64 tokens = in.logits.rows;
+  if (tokens > kMostTokens) {
+    refuse_argument(fmt::format("router_logits has {} rows, expected at most {}", tokens, kMostTokens));
+  }
   p.experts = p.local_experts = static_cast<i32>(std::min<i64>(in.logits.cols, 1 << 20));
   p.top_k = given.get("top_k", 0);
   p.hidden = p.inter = 16;  // routing depends on neither
-  p.max_tokens = static_cast<i32>(std::min<i64>(tokens, 1 << 24));
+  p.max_tokens = static_cast<i32>(tokens);
   if (const Verdict verdict = check(p); !verdict.accepted()) throw Error(verdict.reason, verdict.detail);
   Array bias;
   const bool biased = given.has("selection_bias");

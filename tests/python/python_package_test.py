@@ -564,6 +564,13 @@ class Inspection(unittest.TestCase):
         with self.assertRaisesRegex(fourmoe.ArgumentError, r"values\[1, 2\]' has nan at \[3, 7\]"):
             fourmoe.quantize(values)
 
+    def test_arguments_of_route(self):
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "router_logits is None"):
+            fourmoe.route(None, top_k=2)
+        many = np.broadcast_to(np.zeros((1, 1), np.float32), ((1 << 24) + 1, 1))
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "router_logits has 16777217 rows, expected at most 16777216"):
+            fourmoe.route(many, top_k=1)
+
     def test_scales_out_of_atoms(self):
         rows, blocks, experts = 256, 8, 3
         linear = np.random.default_rng(6).integers(0, 127, (experts, rows, blocks)).astype(np.uint8)
