@@ -28,7 +28,11 @@ void translate(const std::exception_ptr& pointer, void*) {
   try {
     std::rethrow_exception(pointer);
   } catch (const Error& error) {
-    const nb::object made = nb::borrow(error_of(error.reason()))(error.what());
+    // Names of files and tensors may be any bytes.
+    const std::string_view words = error.what();
+    const nb::object text =
+        nb::steal(PyUnicode_DecodeUTF8(words.data(), static_cast<Py_ssize_t>(words.size()), "replace"));
+    const nb::object made = nb::borrow(error_of(error.reason()))(text);
     made.attr("reason") = std::string(reason_name(error.reason()));
     PyErr_SetObject(error_of(error.reason()), made.ptr());
   }

@@ -217,6 +217,9 @@ PyLayer* load(const nb::dict& dictionary) {
   std::filesystem::path path;
   if (!nb::try_cast(given.object("path"), path)) throw Error(Reason::argument_invalid, "path is not a path");
   i32 index = given.get("layer", -1);
+  if (index < 0 && given.has("layer")) {
+    throw Error(Reason::argument_invalid, fmt::format("layer is {}, expected at least 0", index));
+  }
   const bool shared = given.get("shared", true);
   checkpoint::Layer layer;
   {

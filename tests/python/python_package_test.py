@@ -474,6 +474,12 @@ class Checkpoints(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "layer is not given; .* has MoE layers 0, 1, 2, 3"):
             fourmoe.load(TINY / "nvfp4")
 
+    def test_arguments_that_are_refused(self):
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "layer is -1, expected at least 0"):
+            fourmoe.load(TINY / "nvfp4", layer=-1)
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "does not exist"):
+            fourmoe.load(os.fsdecode(b"no/such/\xff"), layer=0)
+
     def test_tuning_is_a_path(self):
         path = TINY / "nvfp4"
         for tuning in (None, "", "no/such/file", pathlib.Path("no/such/file")):
