@@ -196,9 +196,19 @@ class CuteDsl(unittest.TestCase):
         weights.alpha2.mul_(2)
         torch.testing.assert_close(self.w4a16(weights, *call), before * 2, rtol=0, atol=0)
         self.assertEqual(len(face._cache.layers), entries)
-        del weights
+        weights.w2.data = Weights(seed=5).w2  # the same object, of other memory
+        fresh = Weights()
+        fresh.w2, fresh.alpha2 = weights.w2.clone(), weights.alpha2.clone()
+        torch.testing.assert_close(self.w4a16(weights, *call), self.w4a16(fresh, *call), rtol=0, atol=0)
+        del weights, fresh
         gc.collect()
         self.assertEqual(len(face._cache.layers), entries - 1)
+
+    def test_weights_made_in_inference_mode(self):
+        with torch.inference_mode():
+            weights = Weights()
+            found = self.w4a16(weights, *tokens())
+        torch.testing.assert_close(found.clone(), self.w4a16(Weights(), *tokens()), rtol=0, atol=0)
 
     def test_refusals(self):
         weights = Weights()

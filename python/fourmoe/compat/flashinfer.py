@@ -6,8 +6,9 @@ They run where fourmoe runs. What upstream takes for its kernels alone (tactics,
 launches, a choice of combine) is accepted and changes nothing: results here are always bitwise reproducible. Upstream at
 version 0.6.18 is meant.
 
-Weights are packed at the first call with given tensor objects and again when one of them was changed in place; pass the
-same objects in each call. Layouts, with L local experts, H hidden, I intermediate:
+Weights are packed at the first call with given tensor objects and again when one of them was changed in place or given
+other memory; pass the same objects in each call. Changes that torch does not count, through `.data` or of tensors made
+in inference mode, are not seen. Layouts, with L local experts, H hidden, I intermediate:
     w1_weight [L, 2I, H/2] uint8, up and gate rows; w2_weight [L, H, I/2] uint8 (pairs of E2M1, low nibble first)
     w*_weight_sf [32, 4, rows/128, 4, columns/64, L] float8_e4m3fn or uint8: scales in atoms of 128 x 4
 """
@@ -45,7 +46,7 @@ class _Cache:
 
     def get(self, tensors: list[torch.Tensor], options: tuple[Any, ...], make: Callable[[], fourmoe.Layer]) -> fourmoe.Layer:
         key = (*map(id, tensors), options)
-        versions = [tensor._version for tensor in tensors]
+        versions = [(None if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
         known = self.layers.get(key)
         if known is not None and known[1] == versions:
             return known[2]
