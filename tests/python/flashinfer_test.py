@@ -150,6 +150,12 @@ class CuteDsl(unittest.TestCase):
             # Blocks whose scale rounds to 0 upstream, and to the smallest scale here, differ at a multiplier below 1.
             self.assertLess(relative_l2(found.float(), want), 1e-2, multiplier)
 
+    def test_no_tokens(self):
+        weights = Weights()
+        x, ids, scales = (tensor[:0] for tensor in tokens())
+        self.assertEqual(self.w4a4(weights, x, ids, scales, 1.0)[1].shape, (0, H))
+        self.assertEqual(self.w4a16(weights, x, ids, scales).shape, (0, H))
+
     def test_w2_alpha_must_carry_the_inverse_of_the_multiplier(self):
         weights = Weights()
         call = tokens()
@@ -210,6 +216,33 @@ class CuteDsl(unittest.TestCase):
             found = self.w4a16(weights, *tokens())
         torch.testing.assert_close(found.clone(), self.w4a16(Weights(), *tokens()), rtol=0, atol=0)
 
+    def test_arguments_are_named_as_here(self):
+        x, ids, scales = tokens()
+        codes, sf, _ = fourmoe.quantize(x.float(), global_scale=1.0)
+
+        def call(**changed):
+            weights = Weights()
+            for name, change in changed.items():
+                setattr(weights, name, change(getattr(weights, name)))
+            return self.w4a16(weights, x, ids, scales)
+
+        def w4a4(x_sf):
+            weights = Weights()
+            return face.cute_dsl_fused_moe_nvfp4(codes, x_sf, ids, scales, weights.w1, weights.w1_sf, weights.alpha1,
+                                                 torch.ones(1), weights.w2, weights.w2_sf, weights.alpha2, E, K)
+
+        for words, refused in [
+            (r"w2_weight is \[64, 192\], expected \[128, 192\] to go with w1_weight", lambda: call(w2=lambda w: w[:, :64])),
+            ("w2_weight is for 3 experts, w1_weight for 6", lambda: call(w2=lambda w: w[:3])),
+            ("w1_weight_sf has 5 dimensions", lambda: call(w1_sf=lambda s: s[..., 0])),
+            ("w1_weight_sf is for 128 rows and 128 columns", lambda: call(w1_sf=lambda s: s[:, :, :1])),
+            (r"w1_alpha is \[3\], expected \[1\] or \[6\]", lambda: call(alpha1=lambda a: a[:3])),
+            (r"x_sf is \[19, 7\], expected \[19, 8\]", lambda: w4a4(sf[:, :7])),
+            ("moe_output shares memory with x", lambda: self.w4a16(Weights(), x, ids, scales, moe_output=x)),
+        ]:
+            with self.subTest(words), self.assertRaisesRegex(fourmoe.ArgumentError, "^" + words):
+                refused()
+
     def test_refusals(self):
         weights = Weights()
         x, ids, scales = tokens()
@@ -220,7 +253,7 @@ class CuteDsl(unittest.TestCase):
             (NotImplementedError, "SiTU is not computed", {"situ_beta": 1.0}),
             (ValueError, "w1_weight is for 6 experts, expected 5", {"num_experts": 5}),
             (ValueError, r"token_selected_experts is \[19, 3\], expected \[19, 2\]", {"top_k": 2}),
-            (ValueError, r"out is \[19, 64\]", {"moe_output": torch.empty(T, 64)}),
+            (ValueError, r"^moe_output is \[19, 64\]", {"moe_output": torch.empty(T, 64)}),
         ]:
             with self.subTest(words), self.assertRaisesRegex(kind, words):
                 self.w4a16(weights, x, ids, scales, **options)

@@ -14,6 +14,7 @@ in inference mode, are not seen. Layouts, with L local experts, H hidden, I inte
 """
 from __future__ import annotations
 
+import re
 import weakref
 from typing import Any, Callable, Optional
 
@@ -25,17 +26,21 @@ _LARGEST = torch.finfo(torch.float32).max
 _SWIGLU, _RELU2, _GEGLU_TANH = 3, 6, 8  # flashinfer's ActivationType
 _NAMES = {"gate_global": "w1_alpha", "up_global": "w1_alpha", "down_global": "w2_alpha", "up_scale": "w1_weight_sf",
           "gate_scale": "w1_weight_sf", "down_scale": "w2_weight_sf", "hidden_scales": "x_sf", "hidden_states": "x",
-          "topk_ids": "token_selected_experts", "topk_weights": "token_final_scales"}
+          "topk_ids": "token_selected_experts", "topk_weights": "token_final_scales", "gate": "w1_weight",
+          "up": "w1_weight", "down": "w2_weight"}
+_WORDS = re.compile(r"\b(\w+_\w+)\b|^(\w+)\b|(?<=to go with )(\w+)|(?<=memory with )(\w+)|(?<=experts, )(\w+)(?= for )")
 
 
-def _renamed(error: fourmoe.ArgumentError) -> fourmoe.ArgumentError:
-    """The same refusal with the names that the caller used."""
-    words = str(error)
-    for ours, theirs in _NAMES.items():
-        words = words.replace(ours, theirs)
+def _refusal(words: str, reason: str = "argument_invalid") -> fourmoe.ArgumentError:
     made = fourmoe.ArgumentError(words)
-    made.reason = error.reason
+    made.reason = reason
     return made
+
+
+def _renamed(error: fourmoe.ArgumentError, **names: str) -> fourmoe.ArgumentError:
+    """The same refusal with the names that the caller used; names: those that depend on the function."""
+    known = {**_NAMES, **names}
+    return _refusal(_WORDS.sub(lambda word: known.get(word[0], word[0]), str(error)), error.reason)
 
 
 class _Cache:
@@ -66,12 +71,15 @@ def _host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
 
 
-def _scales(view: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def _scales(name: str, view: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """[L, rows, columns/16] uint8 of a view of atoms, which may be padded."""
-    linear: torch.Tensor = fourmoe.linear_scales(_host(view))
+    try:
+        linear: torch.Tensor = fourmoe.linear_scales(_host(view))
+    except fourmoe.ArgumentError as error:
+        raise _renamed(error, scales=name) from None
     if linear.shape[1] < rows or linear.shape[2] * 16 < columns:
-        raise fourmoe.ArgumentError(f"scales are for {linear.shape[1]} rows and {16 * linear.shape[2]} columns, expected "
-                                    f"{rows} and {columns}")
+        raise _refusal(f"{name} is for {linear.shape[1]} rows and {16 * linear.shape[2]} columns, expected {rows} and "
+                       f"{columns}")
     return linear[:, :rows, : columns // 16].contiguous()
 
 
@@ -79,8 +87,8 @@ def _weights(w1: torch.Tensor, w1_sf: torch.Tensor, w2: torch.Tensor, w2_sf: tor
              gated: bool) -> dict[str, Any]:
     """The weight arguments of fourmoe.pack."""
     w1, w2 = _host(w1).view(torch.uint8).contiguous(), _host(w2).view(torch.uint8)
-    given: dict[str, Any] = {"down": w2, "down_scale": _scales(w2_sf, w2.shape[1], 2 * w2.shape[2])}
-    scales = _scales(w1_sf, w1.shape[1], 2 * w1.shape[2])
+    given: dict[str, Any] = {"down": w2, "down_scale": _scales("w2_weight_sf", w2_sf, w2.shape[1], 2 * w2.shape[2])}
+    scales = _scales("w1_weight_sf", w1_sf, w1.shape[1], 2 * w1.shape[2])
     if gated:
         given["gate"], given["up"] = fourmoe.split_gate_up(w1, group, True)
         given["gate_scale"], given["up_scale"] = fourmoe.split_gate_up(scales, group, True)
@@ -89,8 +97,10 @@ def _weights(w1: torch.Tensor, w1_sf: torch.Tensor, w2: torch.Tensor, w2_sf: tor
     return given
 
 
-def _expand(scale: torch.Tensor, experts: int) -> torch.Tensor:
+def _expand(name: str, scale: torch.Tensor, experts: int) -> torch.Tensor:
     """[experts] f32 on the host, of a scalar, [1] or [experts]."""
+    if scale.numel() not in (1, experts):
+        raise _refusal(f"{name} is {list(scale.shape)}, expected [1] or [{experts}]")
     return _host(scale).float().reshape(-1).expand(experts).contiguous()
 
 
@@ -99,11 +109,12 @@ def _picks(ids: torch.Tensor, experts: int) -> torch.Tensor:
     return torch.where((ids < 0) | (ids >= experts), -1, ids)
 
 
-def _call(layer: fourmoe.Layer, *arguments: Any, **options: Any) -> None:
+def _call(output: str, layer: fourmoe.Layer, *arguments: Any, **options: Any) -> None:
+    """A call whose `out` is called `output` by its caller."""
     try:
         layer(*arguments, **options)
     except fourmoe.ArgumentError as error:
-        raise _renamed(error) from None
+        raise _renamed(error, out=output) from None
 
 
 def _gated_activation(kind: int, alpha: float, beta: float, limit: float) -> dict[str, Any]:
@@ -160,9 +171,9 @@ def cute_dsl_fused_moe_nvfp4(
 
     def make() -> fourmoe.Layer:
         given = _weights(w1_weight, w1_weight_sf, w2_weight, w2_weight_sf, 64, activation["activation"] != "relu2")
-        alpha1, alpha2 = _expand(w1_alpha, local), _expand(w2_alpha, local)
+        alpha1, alpha2 = _expand("w1_alpha", w1_alpha, local), _expand("w2_alpha", w2_alpha, local)
         if fc2_input_scale is not None:  # values = code * scale / multiplier
-            multiplier = _expand(fc2_input_scale, local)
+            multiplier = _expand("fc2_input_scale", fc2_input_scale, local)
             given["inter_scale"], alpha2 = 1.0 / multiplier, alpha2 * multiplier
         if "gate" in given:
             given["gate_global"] = alpha1
@@ -176,9 +187,14 @@ def cute_dsl_fused_moe_nvfp4(
     if moe_output is None:
         moe_output = torch.empty((tokens, w2_weight.shape[1]), dtype=output_dtype, device=x.device)
     codes = x if exact else x.view(torch.uint8)
-    scales = None if x_sf is None else x_sf.reshape(tokens, -1)
-    _call(layer, codes, _picks(token_selected_experts, num_experts), token_final_scales, hidden_scales=scales,
-          out=moe_output)
+    scales = None
+    if x_sf is not None:
+        blocks = codes.shape[-1] // 8  # of 16 values, two in a byte
+        if x_sf.numel() != codes.shape[0] * blocks:
+            raise _refusal(f"x_sf is {list(x_sf.shape)}, expected [{codes.shape[0]}, {blocks}]")
+        scales = x_sf.reshape(codes.shape[0], blocks)
+    _call("moe_output", layer, codes, _picks(token_selected_experts, num_experts), token_final_scales,
+          hidden_scales=scales, out=moe_output)
     return moe_output[:tokens]
 
 
@@ -286,14 +302,15 @@ def b12x_fused_moe(
 
     def make() -> fourmoe.Layer:
         given = _weights(w1_weight, w1_weight_sf, w2_weight, w2_weight_sf, 0, chosen["activation"] != "relu2")
-        alpha1, alpha2 = _expand(w1_alpha, num_experts), _expand(w2_alpha, num_experts)
+        alpha1, alpha2 = _expand("w1_alpha", w1_alpha, num_experts), _expand("w2_alpha", w2_alpha, num_experts)
         if inverse:
             alpha1, alpha2 = 1.0 / alpha1, 1.0 / alpha2
         if mode == "w4a4":
             assert fc2_input_scale is not None
             own = input_global_scale is not None
-            given["input_scale"] = _expand(input_global_scale if input_global_scale is not None else w1_alpha, num_experts)
-            given["inter_scale"] = _expand(fc2_input_scale, num_experts)
+            given["input_scale"] = alpha1 if input_global_scale is None else \
+                _expand("input_global_scale", input_global_scale, num_experts)
+            given["inter_scale"] = _expand("fc2_input_scale", fc2_input_scale, num_experts)
             alpha1 = alpha1 if own else torch.ones(num_experts)
             alpha2 = alpha2 / given["inter_scale"]
         if "gate" in given:
@@ -306,7 +323,7 @@ def b12x_fused_moe(
     tokens = token_selected_experts.shape[0]
     if output is None:
         output = torch.empty((tokens, x.shape[1]), dtype=output_dtype, device=x.device)
-    _call(layer, x, _picks(token_selected_experts, num_experts), token_final_scales, out=output)
+    _call("output", layer, x, _picks(token_selected_experts, num_experts), token_final_scales, out=output)
     return output
 
 
