@@ -228,6 +228,7 @@ nb::object PyLayer::call(const CallArguments& arguments) {
     status = layer.run(call, workspace);
     if (status.ok() && completes) status = layer.wait(call.stream);
   }
+  if (status.detail.starts_with("output ")) status.detail.replace(0, 6, "out");  // its name here
   throw_unless_ok(status);
   return own ? back_to(arguments.hidden_states, std::move(out), choices_.device) : out;
 }

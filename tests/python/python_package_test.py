@@ -279,6 +279,12 @@ class Contracts(unittest.TestCase):
             with self.assertRaisesRegex(fourmoe.ArgumentError, "out has rows 1 elements apart, expected at least 64"):
                 layer(x, ids, weights, out=out)
 
+    def test_an_out_between_two_elements_is_named(self):
+        x, ids, weights = self.packed.tokens(5)
+        out = np.zeros(x.nbytes + 4, np.uint8)[1:-3].view(np.float32).reshape(5, 64)
+        with self.assertRaisesRegex(fourmoe.ArgumentError, "^out begins "):
+            self.layer(x, ids, weights, out=out)
+
     def test_memory_that_only_dlpack_keeps(self):
         packed = Packed(hidden=512, inter=256)
         layer = fourmoe.pack(**packed.arguments)
