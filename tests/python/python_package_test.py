@@ -436,7 +436,7 @@ class Refit(unittest.TestCase):
         layer = fourmoe.pack(**old.arguments)
         x, ids, weights = old.tokens(7)
         before = layer(x, ids, weights)
-        with self.assertRaisesRegex(fourmoe.ArgumentError, r"8 experts of \[64, 64\] nvfp4, expected 8 experts of \[48, 64\] nvfp4"):
+        with self.assertRaisesRegex(fourmoe.ArgumentError, r"8 experts of \[64, 64\] nvfp4, swiglu, expected 8 experts of \[48, 64\] nvfp4, swiglu"):
             layer.refit(**{name: value for name, value in other.arguments.items() if name != "top_k"})
         bad = {name: value for name, value in old.arguments.items() if name != "top_k"}
         bad["down_scale"] = bad["down_scale"].copy()
