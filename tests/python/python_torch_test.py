@@ -73,6 +73,13 @@ class Tensors(unittest.TestCase):
             self.assertIs(self.layer(*call, out=out, workspace=workspace), out)
         self.assertEqual([event.name for event in profile.events() if event.cpu_memory_usage > 0], [])
 
+    def test_no_gradient_passes(self):
+        x, ids, weights = tensors(self.packed.tokens(4))
+        self.assertFalse(self.layer(x.clone().requires_grad_(), ids, weights.clone().requires_grad_()).requires_grad)
+        found = torch.ops.fourmoe.run(x.clone().requires_grad_(), self.layer.handle, ids, weights)
+        with self.assertWarnsRegex(UserWarning, "fourmoe::run: an autograd kernel was not registered"):
+            found.sum().backward()
+
     def test_tensors_without_memory(self):
         def freed(tensor):
             tensor = tensor.clone()
