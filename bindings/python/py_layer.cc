@@ -137,7 +137,11 @@ Precision parse_precision(const std::string& word) {
 }
 
 PyLayer::PyLayer(checkpoint::Layer source, const Choices& choices, std::string what, Owners owners)
-    : choices_(choices), what_(std::move(what)), executor_(&tbb_executor(choices.threads)), owners_(std::move(owners)) {
+    : choices_(choices),
+      what_(std::move(what)),
+      executor_(&tbb_executor(choices.threads)),
+      made_of_(source.owner),
+      owners_(std::move(owners)) {
   {
     const Unlocked unlocked;
     layer_ = std::make_unique<Layer>(std::move(source), options(choices.precision, choices.plan));

@@ -85,7 +85,8 @@ class PyLayer {
   Executor* executor_;
   i64 handle_;
   std::shared_mutex refit_mutex_;  // calls share it, refit has it alone
-  std::unique_ptr<Layer> layer_;   // never replaced
+  std::shared_ptr<const void> made_of_;  // memory of what a refit leaves: router and shared experts
+  std::unique_ptr<Layer> layer_;         // never replaced
   std::mutex variants_mutex_;
   std::vector<Variant> variants_;  // layers of other precisions and plans
   Owners owners_;

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """The Python package with numpy alone: results, contracts and refusals of load, pack, call, refit, and inspection."""
 import gc
+import json
 import os
 import pathlib
 import subprocess
@@ -12,7 +13,7 @@ import weakref
 from package import SOURCE, TINY, Packed, experts, fourmoe, np, relative_l2
 
 BOUND = 5e-4  # sums in f32, and an intermediate value in a thousand that rounds the other way
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[1:])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def run_python(code):
@@ -444,6 +445,21 @@ class Refit(unittest.TestCase):
         with self.assertRaisesRegex(fourmoe.ArgumentError, r"down_scale, expert 3, has 0x7f at \[5, 1\]"):
             layer.refit(**bad)
         np.testing.assert_array_equal(layer(x, ids, weights), before)
+
+    def test_a_loaded_layer_keeps_its_router(self):
+        new = Packed(experts=32, hidden=128, inter=64, top_k=4)
+        layer = fourmoe.load(TINY / "nvfp4", layer=1)
+        for _ in range(2):
+            layer.refit(**{name: value for name, value in new.arguments.items() if name != "top_k"})
+            gc.collect()
+        raw = (TINY / "nvfp4" / "model.safetensors").read_bytes()
+        begin = 8 + int.from_bytes(raw[:8], "little")
+        router = json.loads(raw[8:begin])["model.layers.1.mlp.gate.weight"]
+        self.assertEqual((router["dtype"], router["shape"]), ("BF16", [32, 128]))
+        halves = np.frombuffer(raw, np.uint16, 32 * 128, begin + router["data_offsets"][0])
+        values = (halves.astype(np.uint32) << 16).view(np.float32).reshape(32, 128)
+        x = new.tokens(7)[0]
+        np.testing.assert_array_equal(layer(x), fourmoe.pack(**new.arguments, router=values)(x))
 
     def test_while_other_threads_call(self):
         first, second = Packed(seed=1), Packed(seed=2)
