@@ -84,7 +84,7 @@ class PyLayer {
   std::string what_;
   Executor* executor_;
   i64 handle_;
-  std::shared_mutex refit_mutex_;  // calls share it, refit has it alone
+  std::shared_mutex refit_mutex_;        // calls share it, refit has it alone
   std::shared_ptr<const void> made_of_;  // memory of what a refit leaves: router and shared experts
   std::unique_ptr<Layer> layer_;         // never replaced
   std::mutex variants_mutex_;
