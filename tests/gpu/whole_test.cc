@@ -157,16 +157,17 @@ INSTANTIATE_TEST_SUITE_P(Device, EveryForm, ::testing::ValuesIn(forms()),
 struct SharedForm {
   const char* name;
   bool gated;
-  i32 inter;  // that of the routed experts is 96: others have a table and a plan of their own
+  i32 inter;         // that of the routed experts is 96: others have a table and a plan of their own
+  i32 experts = 32;  // an odd number has none in one table either
 };
 
 class SharedExpert : public ::testing::TestWithParam<SharedForm> {};
 
 TEST_P(SharedExpert, GivesTheSameBitsInEveryPlan) {
   FOURMOE_NEEDS_HOPPER();
-  const auto [name, gated, inter] = GetParam();
+  const auto [name, gated, inter, experts] = GetParam();
   Spec s;
-  s.problem = cases::problem(320, 96, 32, 4);
+  s.problem = cases::problem(320, 96, experts, 4);
   checkpoint::Layer weights = cases::random_layer(s.problem, 1, true);
   const checkpoint::Layer extra = cases::random_layer(cases::problem(320, inter, 1, 1), 77, true);
   std::vector<u16> gate(320);
@@ -211,7 +212,7 @@ TEST_P(SharedExpert, GivesTheSameBitsInEveryPlan) {
 
 INSTANTIATE_TEST_SUITE_P(Device, SharedExpert,
                          ::testing::Values(SharedForm{"plain", false, 96}, SharedForm{"gated", true, 96},
-                                           SharedForm{"narrower", true, 64}),
+                                           SharedForm{"narrower", true, 64}, SharedForm{"odd", true, 96, 33}),
                          [](const auto& at) { return std::string(at.param.name); });
 
 // Each has counters of its own; a graph may capture a workspace that has none, and then clears some.
