@@ -1,9 +1,11 @@
 /* fourmoe: Mixture-of-Experts layers on 4-bit NVFP4 weights. The C ABI.
  *
  * Handles are opaque. Every function that can fail returns a fourmoe_status; fourmoe_last_error() then gives one line
- * that names the tensor, the expert, what was expected and what was found. No function throws, prints, aborts or exits.
- * A handle may be used from several threads at once; freeing it may not overlap another use.
- * Structs that may grow begin with struct_size: set it to sizeof the struct, and everything else to zero for defaults.
+ * that names the tensor, the expert, what was expected and what was found. Where a call fails, the handle or the
+ * numbers that it was to give stay as they were. No function throws, prints, aborts or exits. A handle may be used from
+ * several threads at once; freeing it, or a refit, may not overlap another use. Structs that may grow begin with
+ * struct_size: set it to sizeof the struct (another size is refused), and everything else to zero; where zero stands
+ * for another value, or is refused, the field says so.
  */
 #ifndef FOURMOE_FOURMOE_H
 #define FOURMOE_FOURMOE_H
@@ -25,7 +27,9 @@
 extern "C" {
 #endif
 
-/* 0 is success; every other value is a reason for refusal (fourmoe_status_name, fourmoe_status_text). */
+/* 0 is success; every other value is a reason for refusal (fourmoe_status_name, fourmoe_status_text). Any function may
+ * return argument_invalid (null, out of range, or two that contradict each other), out_of_memory and internal, and for
+ * a layer on a GPU device_failed; other reasons stand with the functions. */
 typedef int fourmoe_status;
 #define FOURMOE_OK 0
 
@@ -72,12 +76,12 @@ typedef enum fourmoe_score {
 
 /* A matrix of activations, logits, ids or routing weights, in memory of the layer's device. */
 typedef struct fourmoe_tensor {
-  void* data;     /* [rows, cols] dtype, rows `stride` elements apart; caller's; null: not given */
+  void* data;     /* [rows, cols] dtype, at a multiple of its size, rows `stride` apart; caller's; null: not given */
   int32_t dtype;  /* fourmoe_dtype */
   int32_t unused; /* 0 */
   int64_t rows;
   int64_t cols;
-  int64_t stride; /* elements between two rows, >= cols */
+  int64_t stride; /* elements between the starts of two rows, >= cols; of one row it does not matter */
 } fourmoe_tensor;
 
 /* One projection of one expert, [rows = outputs, cols = inputs]. data and scales are in host memory or, for a layer on
@@ -85,44 +89,45 @@ typedef struct fourmoe_tensor {
 typedef struct fourmoe_matrix {
   const uint8_t* data;   /* [rows, cols/2] E2M1 pairs, or [rows, cols] dense; any alignment; caller's */
   const uint8_t* scales; /* [rows, cols/16] E4M3 or [rows, cols/32] E8M0; null for dense */
-  int64_t data_stride;   /* bytes between two rows of data; 0: rows are contiguous */
-  int64_t scales_stride; /* bytes between two rows of scales; 0: rows are contiguous */
-  float global_scale;    /* multiplier of the whole matrix; 1 for MXFP4 and dense */
+  int64_t data_stride;   /* bytes between the starts of two rows of data; 0: rows are contiguous */
+  int64_t scales_stride; /* bytes between the starts of two rows of scales; 0: rows are contiguous */
+  float global_scale;    /* multiplier of the whole matrix, finite and above 0; 1 for MXFP4, bf16, f16 and f32 */
   int32_t unused;        /* 0 */
 } fourmoe_matrix;
 
 typedef struct fourmoe_expert {
-  fourmoe_matrix gate;    /* [inter, hidden]; data null when the activation has no gate */
+  fourmoe_matrix gate;    /* [inter, hidden]; not read when the activation has no gate */
   fourmoe_matrix up;      /* [inter, hidden] */
   fourmoe_matrix down;    /* [hidden, inter] */
-  const float* gate_bias; /* [inter]; null for none. Biases may lie where matrices may */
+  const float* gate_bias; /* [inter]; null for none. Biases are the caller's and may lie where matrices may */
   const float* up_bias;   /* [inter]; null for none */
   const float* down_bias; /* [hidden]; null for none */
   float input_scale;      /* w4a4: global scale of the tokens, a multiplier; 0 means 1 */
   float inter_scale;      /* w4a4: global scale of the intermediate, a multiplier; 0 means 1 */
 } fourmoe_expert;
 
-/* A layer given tensor by tensor. What it points to in host memory must outlive the layer; matrices and biases in the
- * memory of the layer's GPU may be freed as soon as the layer is made, or refitted. All else is in host memory. */
+/* A layer given tensor by tensor. Matrices and biases in host memory must stay, unchanged, until the layer is freed or
+ * refitted; those in the memory of the layer's GPU may be freed as soon as the layer is made. All else is in host
+ * memory and is copied. Such a layer has no router and no shared experts. */
 typedef struct fourmoe_layer_desc {
   size_t struct_size;
-  int32_t hidden;                     /* multiple of 16 */
-  int32_t inter;                      /* multiple of 16 */
+  int32_t hidden;                     /* multiple of 16, for MXFP4 of 32; at most 2^20 */
+  int32_t inter;                      /* likewise */
   int32_t experts;                    /* of the whole layer, 1..1024 */
-  int32_t top_k;                      /* 1..32 */
+  int32_t top_k;                      /* 1..32, at most experts */
   int32_t first_expert;               /* first one held here */
   int32_t local_experts;              /* held here; 0: all */
   int32_t encoding;                   /* fourmoe_encoding of all experts */
   int32_t activation;                 /* fourmoe_activation */
-  float alpha, beta, limit;           /* of FOURMOE_SWIGLU_CLAMPED */
-  int32_t score;                      /* fourmoe_score; used with logits only, as all below */
-  int32_t groups;                     /* 0: 1 */
+  float alpha, beta, limit;           /* of FOURMOE_SWIGLU_CLAMPED, all three: gpt-oss has 1.702, 1, 7; limit above 0 */
+  int32_t score;                      /* fourmoe_score. It and all up to scale are used with logits only */
+  int32_t groups;                     /* of equally many experts; 0: 1 */
   int32_t groups_kept;                /* 0: 1 */
   int32_t group_best;                 /* 1 or 2; 0: 2 */
   int32_t renormalise;                /* 0 or 1 */
   float scale;                        /* routed scaling factor; 0: 1 */
-  int32_t weight_on_input;            /* 0 or 1 (needs top_k 1) */
-  const float* selection_bias;        /* [experts]; null for none */
+  int32_t weight_on_input;            /* 0 or 1 (needs top_k 1): weights multiply tokens, not results */
+  const float* selection_bias;        /* [experts], finite, used with logits only; null for none */
   const fourmoe_expert* expert_table; /* [local_experts] */
 } fourmoe_layer_desc;
 
@@ -131,20 +136,22 @@ typedef struct fourmoe_layer_desc {
  * and FOURMOE_CPU_LEVEL. */
 
 /* A thread pool of the host program. run() must call task(task_context, i) once for each i in [0, count), on any
- * threads and in any order, and return when all have returned. */
+ * threads and in any order, and return when all have returned. It is called while layers are made and by every call on
+ * the host, so from as many threads at once as call; a task calls no run(). */
 typedef struct fourmoe_executor {
-  void* context;
-  int32_t threads; /* most tasks at work at once */
+  void* context;   /* handed to run; null is fine */
+  int32_t threads; /* most tasks at work at once, >= 1 */
   void (*run)(void* context, int64_t count, void (*task)(void* task_context, int64_t index), void* task_context);
 } fourmoe_executor;
 
+/* Strings are copied. */
 typedef struct fourmoe_options {
   size_t struct_size;
-  const char* backend;              /* "auto" (also null), or "cpu", "reference", "sm90" */
+  const char* backend;              /* "auto" (also null), or "cpu", "reference", or on a GPU "sm90" */
   int32_t precision;                /* fourmoe_precision */
-  int32_t max_tokens;               /* of one pass, longer calls are split; 0: 1024 */
+  int32_t max_tokens;               /* of one pass, longer calls are split; sizes the workspace; 0: 1024 */
   int32_t threads;                  /* 0: all; ignored with an executor */
-  const fourmoe_executor* executor; /* null: a pool of the library; copied */
+  const fourmoe_executor* executor; /* null: a pool of the library. Copied; context and run outlive the layer */
   const char* device;               /* "host" (also null), or "cuda:0", "cuda:1", ...: where the layer lives */
   int32_t batch_invariant;          /* 1: a token's bits do not depend on how many others a call has */
   int32_t unused;                   /* 0 */
@@ -153,21 +160,24 @@ typedef struct fourmoe_options {
 } fourmoe_options;
 
 /* One call. Give router_logits, or topk_ids with topk_weights, or neither: then the checkpoint's own router is used.
- * All pointers, the workspace too, are to memory of the layer's device. */
+ * All pointers, the workspace too, are to memory of the layer's device, and all are the caller's. What is written
+ * shares no memory with anything else of the call. On a GPU all of it stays until the stream has done the work. */
 typedef struct fourmoe_call {
   size_t struct_size;
   fourmoe_tensor hidden_states; /* [T, hidden] bf16|f16|f32; with hidden_scales [T, hidden/2] u8, E2M1 pairs */
   fourmoe_tensor hidden_scales; /* [T, hidden/16] u8, E4M3: w4a4 of tokens that are NVFP4 already, a value being code *
-                                   scale * the expert's input_scale; null: hidden_states are values */
+                                   scale * the expert's input_scale. Then give logits or picks, to a layer without
+                                   shared experts and weight_on_input. Null: hidden_states are values */
   fourmoe_tensor router_logits; /* [T, experts] f32|f16|bf16 */
-  fourmoe_tensor topk_ids;      /* [T, top_k] i32|i64; -1 is no pick */
+  fourmoe_tensor topk_ids;      /* [T, top_k] i32|i64 of the whole layer; -1 is no pick; not local: skipped */
   fourmoe_tensor topk_weights;  /* [T, top_k] f32|f16|bf16; used as they are */
   fourmoe_tensor output;        /* [>= T, hidden] f32|f16|bf16; overwritten, rows beyond T untouched */
-  int32_t* picked_ids;          /* [T, top_k] receives the picks; null: not wanted */
+  int32_t* picked_ids;          /* [T, top_k] receives the picks, -1 for none; null: not wanted */
   float* picked_weights;        /* [T, top_k] receives their weights; null: not wanted */
-  void* stream;                 /* cudaStream_t that the work goes to; null: the default stream; ignored on the host */
+  void* stream;                 /* cudaStream_t of the work; null: the (legacy) default one; not read on the host */
 } fourmoe_call;
 
+/* What fourmoe_layer_get_info fills in; the caller sets struct_size alone. */
 typedef struct fourmoe_layer_info {
   size_t struct_size;
   int32_t hidden, inter, experts, top_k, first_expert, local_experts;
@@ -190,34 +200,44 @@ typedef struct fourmoe_layer fourmoe_layer;
 /* "0.1.0" */
 FOURMOE_API const char* fourmoe_version(void);
 
-/* The stable name of a status ("tensor_mismatch") and its meaning in one sentence. Never null. */
+/* The stable name of a status ("tensor_mismatch") and its meaning in one sentence; "unknown" for other numbers. */
 FOURMOE_API const char* fourmoe_status_name(fourmoe_status status);
 FOURMOE_API const char* fourmoe_status_text(fourmoe_status status);
 
-/* What the calling thread's last failed call refused, one line; "" before the first. Valid until its next failure. */
+/* What the calling thread's last failed call refused, one line; "" before the first, and where memory is out. Valid
+ * until its next failure. */
 FOURMOE_API const char* fourmoe_last_error(void);
 
-/* Opens a folder with config.json, a .safetensors or a .gguf file; reads and validates headers only. */
+/* Opens a folder with config.json, a .safetensors file beside its config.json, or a .gguf file; reads and validates
+ * headers only. Refusals, among others: file_unreadable, file_malformed, tensor_missing, tensor_mismatch,
+ * family_unknown, and what ends in _unsupported where the library does not compute what the model has. */
 FOURMOE_API fourmoe_status fourmoe_checkpoint_open(const char* path, fourmoe_checkpoint** checkpoint);
 FOURMOE_API void fourmoe_checkpoint_close(fourmoe_checkpoint* checkpoint); /* null is fine; layers stay valid */
 
-/* Indices of the MoE layers in the model. Writes up to `capacity` of them; *count receives how many there are. */
+/* Indices of the MoE layers in the model, ascending. Writes up to `capacity` of them to layers[capacity], null for a
+ * capacity of 0; *count receives how many there are. */
 FOURMOE_API fourmoe_status fourmoe_checkpoint_layers(const fourmoe_checkpoint* checkpoint, int32_t* layers,
                                                      int64_t capacity, int64_t* count);
 
-/* Loads a layer, validates its scales and packs its weights for the chosen backend. options may be null. */
+/* Loads a layer, validates its scales and packs its weights for the chosen backend. options may be null. Refusals,
+ * beside those of open, among others: layer_missing, scale_invalid, global_invalid, value_not_finite, no_plan,
+ * not_built, device_missing. */
 FOURMOE_API fourmoe_status fourmoe_layer_load(const fourmoe_checkpoint* checkpoint, int32_t layer,
                                               const fourmoe_options* options, fourmoe_layer** out);
 
-/* The same from tensors in memory. */
+/* The same from tensors in memory. Refusals, among others: shape_, experts_, picks_, routing_, precision_unsupported,
+ * scale_invalid, value_not_finite, memory_misplaced, no_plan, not_built, device_missing. */
 FOURMOE_API fourmoe_status fourmoe_layer_create(const fourmoe_layer_desc* desc, const fourmoe_options* options,
                                                 fourmoe_layer** out);
 FOURMOE_API void fourmoe_layer_free(fourmoe_layer* layer); /* null is fine */
 
+/* No refusals but argument_invalid. */
 FOURMOE_API fourmoe_status fourmoe_layer_get_info(const fourmoe_layer* layer, fourmoe_layer_info* info);
 
 /* Computes the layer. workspace: at least fourmoe_layer_info.workspace_bytes, aligned to 64; null: the layer's own, and
- * calls then take turns. T may be 0. */
+ * calls then take turns. Calls that overlap need workspaces of their own. T may be 0. Refusals, among others:
+ * dtype_unsupported, stride_unsupported, tensor_missing (no router), pick_out_of_range, value_not_finite (logits),
+ * scale_invalid (of hidden_scales), workspace_too_small, memory_misplaced. What the output then holds is not said. */
 FOURMOE_API fourmoe_status fourmoe_layer_run(fourmoe_layer* layer, const fourmoe_call* call, void* workspace,
                                              int64_t workspace_bytes);
 
@@ -229,7 +249,8 @@ FOURMOE_API fourmoe_status fourmoe_layer_wait(fourmoe_layer* layer, void* stream
 
 /* Replaces the weights of a layer made by fourmoe_layer_create by others of the same shapes; on a GPU the packed
  * weights keep their addresses, so that captured graphs stay valid. No call may be under way; on a GPU this waits for
- * the work of all streams. A refusal leaves the old weights. Routing is not changed but for selection_bias. */
+ * the work of all streams. A refusal (tensor_mismatch, or as create) leaves the old weights. Routing is not changed but
+ * for selection_bias, which is there where it was. */
 FOURMOE_API fourmoe_status fourmoe_layer_refit(fourmoe_layer* layer, const fourmoe_layer_desc* desc);
 
 #ifdef __cplusplus

@@ -39,11 +39,12 @@ struct Options {
   fourmoe_precision precision = FOURMOE_W4A16;
   std::int32_t max_tokens = 0;                 // of one pass; 0: the library's default
   std::int32_t threads = 0;                    // 0: all
-  const fourmoe_executor* executor = nullptr;  // a thread pool of the host program
+  const fourmoe_executor* executor = nullptr;  // a thread pool of the host program; see fourmoe_executor
   std::string device = "host";                 // or "cuda:0", ...
   bool batch_invariant = false;                // a token's bits do not depend on how many others a call has
   std::optional<std::string> tuning;           // file of measured choices; unset: the user's; "": none
 
+  // Points into these options: valid while they live, unchanged.
   fourmoe_options c() const {
     return {sizeof(fourmoe_options),
             backend.c_str(),
@@ -65,7 +66,7 @@ struct Call : fourmoe_call {
 
 class Layer {
  public:
-  explicit Layer(fourmoe_layer* layer) : layer_(layer) {}
+  explicit Layer(fourmoe_layer* layer) : layer_(layer) {}  // owns it from now on
 
   // From tensors in memory; see fourmoe_layer_desc for where they may lie, and for how long.
   static Layer create(const fourmoe_layer_desc& desc, const Options& options = {}) {
@@ -82,6 +83,7 @@ class Layer {
     return info;
   }
 
+  // See fourmoe_layer_run; without a workspace the layer's own, and calls take turns.
   void run(const Call& call, void* workspace = nullptr, std::int64_t workspace_bytes = 0) {
     check(fourmoe_layer_run(layer_.get(), &call, workspace, workspace_bytes));
   }
