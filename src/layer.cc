@@ -328,12 +328,22 @@ bool same(const Problem& a, const Problem& b) {
 
 std::string form_words(const Problem& p) {
   const Activation& a = p.activation;
-  std::string numbers;
+  std::string more;
   if (a.kind == ActivationKind::swiglu_clamped) {
-    numbers = fmt::format(" (alpha {}, beta {}, limit {})", a.alpha, a.beta, a.limit);
+    more = fmt::format(" (alpha {}, beta {}, limit {})", a.alpha, a.beta, a.limit);
   }
+  if (p.local_experts != p.experts) more += fmt::format(", from expert {} of {}", p.first_expert, p.experts);
   return fmt::format("{} experts of [{}, {}] {}, {}{}", p.local_experts, p.inter, p.hidden,
-                     format::encoding_name(p.encoding), activation_name(a.kind), numbers);
+                     format::encoding_name(p.encoding), activation_name(a.kind), more);
+}
+
+// All that same shapes are about.
+std::string form_words(const checkpoint::Layer& layer) {
+  std::string words = form_words(layer.problem);
+  if (!layer.router.empty()) words += ", a router";
+  if (!layer.selection_bias.empty()) words += ", a selection bias";
+  if (layer.shared) words += fmt::format(", shared {}", form_words(layer.shared->problem));
+  return words;
 }
 
 }  // namespace
@@ -347,7 +357,7 @@ void Layer::refit(checkpoint::Layer weights) {
                     weights.selection_bias.size() == held.selection_bias.size();
   if (!fits) {
     throw Error(Reason::tensor_mismatch, fmt::format("the new weights are {}, expected {} as the layer's",
-                                                     form_words(weights.problem), form_words(held.problem)));
+                                                     form_words(weights), form_words(held)));
   }
   check_selection_bias(weights.selection_bias);
   checkpoint::Layer before = std::exchange(impl_->weights, std::move(weights));

@@ -289,6 +289,15 @@ TEST(Api, RefitTakesOtherWeightsOfTheSameShapes) {
     fourmoe::Layer limited = fourmoe::Layer::create(clamped.desc, options);
     clamped.desc.limit = 10.0f;
     expect_error("tensor_mismatch", "limit 7", [&] { limited.refit(clamped.desc); });
+    Constant biased;
+    const std::vector<float> bias(kExperts, 0.5f);
+    biased.desc.selection_bias = bias.data();
+    expect_error("tensor_mismatch", "swiglu, a selection bias, expected 4", [&] { layer.refit(biased.desc); });
+    Constant part;
+    part.desc.experts = 2 * kExperts;
+    part.desc.first_expert = 3;
+    part.desc.local_experts = kExperts;
+    expect_error("tensor_mismatch", "from expert 3 of 8, expected 4", [&] { layer.refit(part.desc); });
   }
 }
 
