@@ -65,6 +65,10 @@ void require(bool condition, const std::string& detail) {
   if (!condition) throw Error(Reason::argument_invalid, detail);
 }
 
+void require_finite(const char* name, f32 value) {
+  require(std::isfinite(value), fmt::format("{} is {}, expected a finite number", name, value));
+}
+
 // An enum value that crossed the ABI as an integer.
 template <class Enum>
 Enum checked(const char* name, int32_t value, Enum last) {
@@ -169,6 +173,8 @@ Problem convert_problem(const fourmoe_layer_desc& desc) {
     p.activation.alpha = desc.alpha;
     p.activation.beta = desc.beta;
     p.activation.limit = desc.limit;
+    require_finite("alpha", desc.alpha);
+    require_finite("beta", desc.beta);
     require(desc.limit > 0.0f, fmt::format("limit is {}, expected above 0", desc.limit));
   }
   p.routing.score = checked("score", desc.score, Score::none);
@@ -176,6 +182,7 @@ Problem convert_problem(const fourmoe_layer_desc& desc) {
   p.routing.groups_kept = desc.groups_kept != 0 ? desc.groups_kept : 1;
   p.routing.group_best = desc.group_best != 0 ? desc.group_best : 2;
   p.routing.renormalise = desc.renormalise != 0;
+  require_finite("scale", desc.scale);
   p.routing.scale = desc.scale != 0.0f ? desc.scale : 1.0f;
   p.routing.weight_on_input = desc.weight_on_input != 0;
   const Verdict verdict = check(p);
@@ -217,14 +224,14 @@ checkpoint::Layer convert(const fourmoe_layer_desc& desc, i32 device) {
 }
 
 format::Tensor convert(const char* name, const fourmoe_tensor& given) {
+  require(given.rows >= 0 && given.cols >= 0,
+          fmt::format("{} is [{}, {}], expected sizes of at least 0", name, given.rows, given.cols));
   format::Tensor tensor;
   if (given.data == nullptr) {
     tensor.rows = given.rows;
     tensor.cols = given.cols;
     return tensor;
   }
-  require(given.rows >= 0 && given.cols >= 0,
-          fmt::format("{} is [{}, {}], expected sizes of at least 0", name, given.rows, given.cols));
   return {given.data, checked(name, given.dtype, format::Dtype::u8), given.rows, given.cols, given.stride};
 }
 

@@ -328,6 +328,29 @@ TEST(Api, BiasesThatAreNotFiniteAreRefused) {
   expect_error("value_not_finite", "selection_bias[2] is nan", [&] { fourmoe::Layer::create(weights.desc); });
 }
 
+TEST(Api, NumbersThatAreNotFiniteAreRefused) {
+  Constant weights;
+  weights.desc.activation = FOURMOE_SWIGLU_CLAMPED;
+  weights.desc.alpha = weights.desc.beta = 1.0f;
+  weights.desc.limit = INFINITY;  // no limit
+  fourmoe::Layer::create(weights.desc);
+  for (float fourmoe_layer_desc::*field : {&fourmoe_layer_desc::alpha, &fourmoe_layer_desc::beta,
+                                           &fourmoe_layer_desc::limit, &fourmoe_layer_desc::scale}) {
+    fourmoe_layer_desc desc = weights.desc;
+    desc.*field = NAN;
+    expect_error("argument_invalid", " is nan, expected", [&] { fourmoe::Layer::create(desc); });
+  }
+}
+
+TEST(Api, NegativeSizesAreRefusedWithoutMemoryToo) {
+  const Constant weights;
+  fourmoe::Layer layer = fourmoe::Layer::create(weights.desc);
+  Buffers b(3);
+  b.call.hidden_states = fourmoe::view(nullptr, FOURMOE_F32, -5, kHidden);
+  b.call.topk_ids.data = b.call.topk_weights.data = nullptr;
+  expect_error("argument_invalid", "hidden_states is [-5, 32]", [&] { layer.run(b.call); });
+}
+
 TEST(Api, NullPointersAreRefused) {
   EXPECT_NE(fourmoe_checkpoint_open(nullptr, nullptr), FOURMOE_OK);
   EXPECT_NE(fourmoe_layer_create(nullptr, nullptr, nullptr), FOURMOE_OK);
