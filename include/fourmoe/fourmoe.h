@@ -161,7 +161,8 @@ typedef struct fourmoe_options {
 
 /* One call. Give router_logits, or topk_ids with topk_weights, or neither: then the checkpoint's own router is used.
  * All pointers, the workspace too, are to memory of the layer's device, and all are the caller's. What is written
- * shares no memory with anything else of the call. On a GPU all of it stays until the stream has done the work. */
+ * shares no memory with anything else of the call. On a GPU all of it stays until the stream has done the work, and
+ * rows of hidden_states and output begin at multiples of 16 bytes, those of E2M1 pairs at multiples of 4. */
 typedef struct fourmoe_call {
   size_t struct_size;
   fourmoe_tensor hidden_states; /* [T, hidden] bf16|f16|f32; with hidden_scales [T, hidden/2] u8, E2M1 pairs */

@@ -51,9 +51,10 @@ class Layer:
         precision, plan: others than the layer's; the first such call packs the weights once more, so it is refused where
             they lay in a GPU's memory, which is not kept.
 
-        All arrays are where the layer is, rows may be strided. What is written (`out`, workspace) shares no memory with
-        anything else. The result requires no gradient, whatever the arguments do. Raises ArgumentError naming the argument, what was
-        expected and what was found.
+        All arrays are where the layer is, rows may be strided; on a GPU those of hidden_states and out begin at multiples
+        of 16 bytes, those of uint8 codes at multiples of 4. What is written (`out`, workspace) shares no memory with
+        anything else. The result requires no gradient, whatever the arguments do. Raises ArgumentError naming the
+        argument, what was expected and what was found.
         """
     def explain(self, tokens: int = 1024) -> str:
         """What `fourmoe explain` prints of this layer: the plan for up to `tokens`, and who refuses and why."""
