@@ -1,6 +1,6 @@
-// Tiles of the Hopper room, the device part: slots times packed experts, the body of gemm1 and gemm2. A persistent
-// block has a scheduling warp, two loading warps, warpgroups that unpack and multiply, and an epilogue in their
-// registers.
+// Tiles of the Hopper room, the device part: slots times packed experts, the body of gemm1, gemm2 and whole. A
+// persistent block has a scheduling warp, two loading warps, warpgroups that unpack and multiply, and an epilogue: in
+// their registers, or (whole) in those of a warpgroup to which they hand their sums.
 #pragma once
 
 #include <cuda.h>
@@ -21,7 +21,7 @@ namespace fourmoe::sm90 {
 
 // One GEMM's weights.
 struct Operands {
-  const std::byte* const* blobs;  // [experts] packed weights of each expert
+  const std::byte* const* blobs;  // [experts] packed weights of each expert; DeviceTable's
   i32 experts;
   i32 row_tiles;  // of one expert, 64 rows each
   i32 steps;      // K steps, even
@@ -55,7 +55,8 @@ struct Shared {
   gpu::Ring<T::kStages> ring;
   gpu::Feed<T::kFeed> feed;
   Handed<T::kHanded, T::kGroups * T::kRows> handed;
-  f32 partial[2][kJoins ? T::kGroups : 1][kJoins ? T::kRows * T::kMost / 2 : 1][128];  // sums of each group
+  // Where groups that split K join: each one's sums, of this tile and of the one before.
+  f32 partial[2][kJoins ? T::kGroups : 1][kJoins ? T::kRows * T::kMost / 2 : 1][128];
 };
 
 // And what the job keeps.
@@ -376,7 +377,7 @@ struct Product {
   using Memory = Counts;
   CUtensorMap maps[T::kWidths];
   Operands weights;
-  const i32* expert_begin;  // [experts + 1] first slot of each expert
+  const i32* expert_begin;  // [experts + 1] first slot of each expert; route's
   Epilogue epilogue;
   bool tokens_late;  // the launch before this one makes the tokens only: weights may be fetched while it runs
 

@@ -12,7 +12,7 @@ namespace fourmoe::sm90 {
 
 // An expert that some token takes.
 struct Hit {
-  const std::byte* blobs[2];  // its packed weights of gemm1 and gemm2
+  const std::byte* blobs[2];  // its packed weights of gemm1 and gemm2, in the GPU's memory; the table's
   i32 expert;                 // entry of the table
   u32 tokens;                 // bit t: token t takes it
 };
@@ -33,8 +33,8 @@ static_assert(kExpertWords == 32);
 
 // What a block knows of the call.
 struct Found {
-  u64 table;  // barrier: so is the table of blobs
-  u64 ready;  // barrier: and the list
+  u64 table;  // barrier: the table of blobs is in shared memory
+  u64 ready;  // barrier: the list is made
   i32 set;    // of the queue
   i32 hits;
   bool refused;               // a token
@@ -42,7 +42,7 @@ struct Found {
   bool last[kMostRowTiles];   // this block's report was the last of the row tile's columns
   u32 experts[kExpertWords];  // bit e: local expert e is hit
   Hit list[kMostHits];        // the shared expert, then the experts hit, ascending
-  i32 row[kFewTokens * 32];   // of z, of each pick; negative for none
+  i32 row[kFewTokens * 32];   // of each pick: its local expert, then, with the list, its row of z; negative for none
   f32 weight[kFewTokens * 32];
   f64 score[kFewTokens * 32];  // what weights are made of, once the list is on its way
 };
@@ -117,7 +117,7 @@ struct Layer {
       const int within = width == 0 ? i : i - first;
       const int hit = within / blocks;
       const Hit& of = found.list[hit];
-      writer.put(0, [&] {
+      writer.put(0, [&] {  // its slots are the hit's tokens, as bits
         return gpu::Tile{width, of.expert, within % blocks, hit * kFewTokens, static_cast<i32>(of.tokens)};
       });
     }

@@ -32,9 +32,9 @@ gpu::QueueShape queue_shape(const Problem& problem, i32 multiprocessors);
 LayerLoad load_of(const Problem& problem, i64 tokens);  // chooses the tile
 
 struct Whole {
-  route::DeviceSlots slots;  // out.ids and out.weights are written
-  format::Tensor hidden;     // [tokens, hidden]
-  const weights::DeviceTable* table = nullptr;
+  route::DeviceSlots slots;                     // out.ids and out.weights are written
+  format::Tensor hidden;                        // [tokens, hidden] bf16|f32; caller's
+  const weights::DeviceTable* table = nullptr;  // the layer's
   Work work;
   bool clears = false;     // work.queue is nobody's between calls: a launch before the one clears it
   bool shared = false;     // entry [local_experts] of the table is an expert that all tokens take
