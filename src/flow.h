@@ -109,8 +109,8 @@ struct Routing {
 
 // What a layer is, apart from its weights' values.
 struct Problem {
-  i32 hidden = 0;   // H: columns of a token, multiple of 16
-  i32 inter = 0;    // I: intermediate size of one expert, multiple of 16
+  i32 hidden = 0;   // H: columns of a token, multiple of 16 (of 32 with MXFP4), at most 2^20
+  i32 inter = 0;    // I: intermediate size of one expert, likewise
   i32 experts = 0;  // E of the whole layer, 1..1024
   i32 top_k = 0;    // k, 1..32
   Activation activation;
@@ -120,7 +120,7 @@ struct Problem {
   format::Dtype activations = format::Dtype::bf16;      // bf16 or f16: rounding of tokens and intermediate but in w4a4
   i32 first_expert = 0;  // local experts are [first_expert, first_expert + local_experts)
   i32 local_experts = 0;
-  i32 max_tokens = 0;            // T: most tokens in one call, >= 0
+  i32 max_tokens = 0;            // T: most tokens in one call of a plan, which is a pass of a layer, >= 0
   bool batch_invariant = false;  // a token's result may not depend, in any bit, on how many others there are
 };
 
@@ -146,9 +146,9 @@ struct Variant {
 // A step with its views checked and fixed: all that run needs.
 struct Bound {
   const Step* step = nullptr;
-  const Args* args = nullptr;    // outlives the call
-  std::byte* scratch = nullptr;  // bytes() bytes, 64-byte aligned
-  std::byte* kept = nullptr;     // kept() bytes, 64-byte aligned; null: nothing is kept for this call
+  const Args* args = nullptr;    // plan::run's; outlives the call
+  std::byte* scratch = nullptr;  // bytes() bytes of the workspace, 64-byte aligned
+  std::byte* kept = nullptr;     // kept() bytes of the layer's, 64-byte aligned; null: nothing is kept for this call
   i32 variant = -1;              // a Variant's number
 };
 

@@ -9,12 +9,12 @@
 namespace fourmoe::combine {
 
 struct In {
-  const f32* addend = nullptr;  // [tokens, hidden] f32: the shared experts' part; null for none
+  const f32* addend = nullptr;  // [tokens, hidden] f32: the shared experts' part; the workspace's; null for none
 };
 
 // Overwritten; rows beyond `tokens` are left alone.
 struct Out {
-  format::Tensor output;  // [>= tokens, hidden] f32|f16|bf16
+  format::Tensor output;  // [>= tokens, hidden] f32|f16|bf16; caller's
 };
 
 }  // namespace fourmoe::combine

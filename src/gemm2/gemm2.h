@@ -10,7 +10,7 @@
 
 namespace fourmoe::gemm2 {
 
-// Overwritten; rows beyond the slots in use are left alone.
+// In the workspace. Overwritten; rows beyond the slots in use are left alone.
 struct Out {
   f32* rows = nullptr;  // [slots, hidden] f32
 };

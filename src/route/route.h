@@ -17,29 +17,30 @@
 
 namespace fourmoe::route {
 
-// Either logits or ids and weights; the other pair is empty.
+// The caller's, but for logits of the layer's own router. Either logits, or ids and weights; the others are empty.
 struct In {
   format::Tensor logits;      // [tokens, experts] f32|f16|bf16
   format::Tensor ids;         // [tokens, top_k] i32|i64: expert of the whole layer, or -1 for no pick
   format::Tensor weights;     // [tokens, top_k] f32|f16|bf16, final: neither renormalised nor scaled
-  const f32* bias = nullptr;  // [experts] selection bias b; null for none
+  const f32* bias = nullptr;  // [experts] selection bias b; the layer's; null for none
 };
 
-// Where the caller wants the picks; null for nowhere. Overwritten.
+// Memory of the caller's where it wants the picks; null for nowhere. Overwritten.
 struct Picked {
   i32* ids = nullptr;      // [tokens, top_k]
   f32* weights = nullptr;  // [tokens, top_k]
 };
 
-// Overwritten; sized for max_tokens. A slot exists for every pick of a local expert.
+// In the workspace, sized for max_tokens, but that ids and weights are Picked's where it has them. Overwritten. A slot
+// exists for every pick of a local expert.
 struct Out {
   i32* ids = nullptr;           // [tokens, top_k] expert of each pick, -1 for none
   f32* weights = nullptr;       // [tokens, top_k]; 0 where the id is -1
   i32* expert_begin = nullptr;  // [local_experts + 1] first slot of each local expert; last = slots in use
   i32* slot_pick = nullptr;     // [slots] token * top_k + position of the pick
   i32* pick_slot = nullptr;     // [tokens, top_k] slot of the pick, -1 where it is skipped or not local
-  u8* codes = nullptr;          // [slots, hidden/2] E2M1 pairs, low nibble first: tokens quantised; null unless w4a4
-  u8* scales = nullptr;         // [slots, hidden/16] E4M3; null unless w4a4
+  u8* codes = nullptr;          // [slots, hidden/2] E2M1 pairs, low nibble first: tokens in w4a4; null on a GPU
+  u8* scales = nullptr;         // [slots, hidden/16] E4M3 of the codes; null where they are
   u16* rows = nullptr;          // [slots, hidden] bf16: each slot's token as gemm1 multiplies it, in w4a4 the exact
                                 // values of codes and scales without their global; null unless the plan is for a
                                 // GPU. w4a16 of f16: two planes of max_tokens * top_k slots that sum to the tokens
