@@ -298,8 +298,9 @@ Command add_bench(CLI::App& app) {
     footer += fmt::format("  {:<14} {:<18} {}\n", shape.name, shape.numbers, shape.model);
   }
   footer +=
-      "\nGB/s counts the weights of the experts that the tokens reach, 0.5625 bytes each; layers take turns, so that\n"
-      "weights come from memory. On a GPU a CUDA graph replays them; the ceiling is a copy, read plus write.\n\n"
+      "\nGB/s counts the weights of the experts that the tokens reach, 0.5625 bytes each in NVFP4; layers take turns,\n"
+      "so that weights come from memory. On a GPU a CUDA graph replays them; the ceiling is a copy, read plus "
+      "write.\n\n"
       "Examples:\n  fourmoe bench --shape qwen3-30b --tokens 1,16,256\n"
       "  fourmoe bench examples/tiny-moe/nvfp4 --layer 0 --tokens 8 --json";
   sub->footer(footer);

@@ -181,6 +181,7 @@ int main(int argc, char** argv) {
   app.get_formatter()->column_width(34);
   const std::vector<Command> commands = {add_inspect(app), add_run(app),   add_quantize(app), add_verify(app),
                                          add_explain(app), add_bench(app), add_tune(app),     add_support(app)};
+  app.footer("fourmoe COMMAND --help tells each option. Exit codes: 0 success, 1 failure, 2 wrong usage.");
   if (const char* word = find_unknown_command(app, argc, argv)) {
     return report_usage(app, fmt::format("there is no command '{}'", word));
   }

@@ -386,7 +386,8 @@ Command add_run(CLI::App& app) {
   add_device(sub, &options->device);
   add_precision(sub, &options->precision);
   add_threads(sub, &options->threads);
-  sub->add_option("--check", options->check, "compare N tokens with the reference; by default what takes it seconds")
+  sub->add_option("--check", options->check,
+                  "compare N tokens with the reference; by default as many as it computes in seconds")
       ->check(within(0, 1 << 30))
       ->type_name("N");
   sub->add_flag("--json", options->json, "print one JSON object");

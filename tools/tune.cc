@@ -255,6 +255,7 @@ Command add_tune(CLI::App& app) {
       ->check(within(1, 1 << 20))
       ->capture_default_str();
   add_device(sub, &options->device);
+  sub->get_option("--device")->description("the GPU that measures")->type_name("cuda:N")->capture_default_str();
   add_precision(sub, &options->precision);
   sub->add_flag("--batch-invariant", options->batch_invariant, "for layers that keep the order of sums");
   sub->add_option("--seconds", options->seconds, "time for each plan at each size, at least five replays")
