@@ -75,6 +75,43 @@ TEST(Config, families_route_as_their_code_does) {
   EXPECT_EQ(llama.routing.score, Score::sigmoid);
 }
 
+TEST(Config, absent_groups_and_scale_are_the_familys) {
+  const auto expect = [](const Config& c, i32 groups, i32 kept, f32 scale) {
+    EXPECT_EQ(c.routing.groups, groups) << c.family;
+    EXPECT_EQ(c.routing.groups_kept, kept) << c.family;
+    EXPECT_EQ(c.routing.scale, scale) << c.family;
+  };
+  for (const char* name : {"deepseek_v3", "deepseek_v32", "kimi_k2"}) {
+    expect(family(name), 8, 4, 2.5f);
+    expect(family(name, R"("n_group":null,"topk_group":null,"routed_scaling_factor":null)"), 8, 4, 2.5f);
+    expect(family(name, R"("n_group":1)"), 1, 1, 2.5f);
+    expect(family(name, R"("topk_group":2)"), 8, 2, 2.5f);
+  }
+  expect_refused("{\"model_type\":\"deepseek_v3\"," + kSizes + R"(,"n_group":2})", Reason::routing_unsupported,
+                 {"2 groups", "4 are kept"});
+  for (const char* name : {"glm4_moe", "glm4v_moe", "dots1", "mistral4", "nemotron_h"}) {
+    expect(family(name), 1, 1, 1.0f);
+    expect(family(name, R"("n_group":4)"), 4, 1, 1.0f);
+  }
+  expect(family("glm4_moe_lite"), 1, 1, 1.8f);
+  expect(family("glm_moe_dsa"), 1, 1, 2.5f);
+}
+
+TEST(Config, keys_that_the_familys_code_does_not_read_change_nothing) {
+  const std::string keys = R"("n_group":4,"topk_group":2,"routed_scaling_factor":3.0)";
+  for (const char* name : {"qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_next", "qwen3_5_moe", "olmoe", "mixtral",
+                           "minimax", "minimax_m2", "llama4", "gpt_oss", "ernie4_5_moe"}) {
+    const Config c = family(name, keys);
+    EXPECT_EQ(c.routing.groups, 1) << name;
+    EXPECT_EQ(c.routing.scale, 1.0f) << name;
+  }
+  for (const char* name : {"deepseek_v4", "minimax_m3_vl"}) {
+    const Config c = family(name, keys);
+    EXPECT_EQ(c.routing.groups, 1) << name;
+    EXPECT_EQ(c.routing.scale, 3.0f) << name;
+  }
+}
+
 TEST(Config, activations) {
   EXPECT_EQ(family("nemotron_h", R"("mlp_hidden_act":"relu2")").activation.kind, ActivationKind::relu2);
   EXPECT_EQ(family("qwen3_moe", R"("hidden_act":"gelu_pytorch_tanh")").activation.kind, ActivationKind::geglu_tanh);

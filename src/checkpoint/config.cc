@@ -86,7 +86,7 @@ Family generic_family(const Object& text, const std::string& name) {
                             "hidden_act); known: {}",
                             text.file, quote(name), family_names()));
   }
-  return {.renormalise_key = true, .generic = true};
+  return {.renormalise_key = true, .scale_key = true, .generic = true};
 }
 
 ActivationKind read_activation_kind(const Object& text, const Family& row) {
@@ -133,18 +133,19 @@ Score read_score(const Object& text, const Family& row) {
       fmt::format("{}: \"scoring_func\" is {}; softmax, sigmoid, sqrtsoftplus would pass", text.file, quote(name)));
 }
 
-void read_groups(const Object& text, i32 experts, Routing* routing) {
+void read_groups(const Object& text, const Family& row, i32 experts, Routing* routing) {
   const std::string method = text.has("topk_method") ? text.string("topk_method") : std::string();
   if (!method.empty() && method != "noaux_tc" && method != "group_limited_greedy" && method != "greedy") {
     throw Error(Reason::routing_unsupported,
                 fmt::format("{}: \"topk_method\" is {}; noaux_tc, group_limited_greedy, greedy would pass", text.file,
                             quote(method)));
   }
-  if (method == "greedy" || !text.has("n_group")) return;
+  if (method == "greedy" || !row.groups_key) return;
   if (method == "group_limited_greedy") routing->group_best = 1;
   if (method == "noaux_tc") routing->group_best = 2;
-  routing->groups = std::max(text.integer("n_group", 0, experts), 1);
-  routing->groups_kept = text.has("topk_group") ? std::max(text.integer("topk_group", 0, experts), 1) : routing->groups;
+  routing->groups = text.has("n_group") ? std::max(text.integer("n_group", 0, experts), 1) : row.groups;
+  const i32 kept = routing->groups > 1 ? row.groups_kept : 1;
+  routing->groups_kept = text.has("topk_group") ? std::max(text.integer("topk_group", 0, experts), 1) : kept;
   if (experts % routing->groups != 0 || routing->groups_kept > routing->groups) {
     throw Error(
         Reason::routing_unsupported,
@@ -158,10 +159,11 @@ Routing read_routing(const Object& text, const Family& row, i32 experts) {
   Routing routing;
   routing.score = read_score(text, row);
   routing.group_best = row.group_best;
-  read_groups(text, experts, &routing);
+  read_groups(text, row, experts, &routing);
   routing.renormalise = row.renormalise;
   if (row.renormalise_key && text.has("norm_topk_prob")) routing.renormalise = text.boolean("norm_topk_prob");
-  routing.scale = text.has("routed_scaling_factor") ? text.number("routed_scaling_factor") : row.scale;
+  routing.scale = row.scale;
+  if (row.scale_key && text.has("routed_scaling_factor")) routing.scale = text.number("routed_scaling_factor");
   routing.weight_on_input = row.weight_on_input;
   return routing;
 }
