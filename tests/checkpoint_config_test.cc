@@ -56,6 +56,33 @@ TEST(Config, deepseek_v2_scores_a_group_by_its_best_expert) {
   EXPECT_EQ(limited.routing.scale, 16.0f);
 }
 
+TEST(Config, deepseek_v2_is_greedy_where_it_does_not_say) {
+  const Config c = family("deepseek_v2", R"("n_group":4,"topk_group":2)");
+  EXPECT_EQ(c.routing.groups, 1);
+  EXPECT_EQ(c.routing.groups_kept, 1);
+  EXPECT_FALSE(c.routing.renormalise);
+}
+
+TEST(Config, deepseek_v2_that_renormalises_is_refused) {
+  const std::string text = "{\"model_type\":\"deepseek_v2\"," + kSizes + R"(,"norm_topk_prob":true)";
+  expect_refused(text + "}", Reason::routing_unsupported, {"norm_topk_prob", "greedy"});
+  expect_refused(text + R"(,"topk_method":"group_limited_greedy","n_group":4,"topk_group":2})",
+                 Reason::routing_unsupported, {"norm_topk_prob", "group_limited_greedy"});
+  const Config vl2 = parse(text + R"(,"topk_method":"noaux_tc","scoring_func":"sigmoid","n_group":1,"topk_group":1,)"
+                                  R"("routed_scaling_factor":2.0})");  // DeepSeek-VL2's, whose code does both
+  EXPECT_TRUE(vl2.routing.renormalise);
+  EXPECT_EQ(vl2.routing.scale, 2.0f);
+}
+
+TEST(Config, a_method_that_a_family_lacks_is_refused_where_it_matters) {
+  for (const std::string method : {"greedy", "group_limited_greedy"}) {
+    const std::string key = "\"topk_method\":\"" + method + "\"";
+    EXPECT_EQ(family("glm4_moe", key).routing.groups, 1);
+    expect_refused("{\"model_type\":\"glm4_moe\",\"n_group\":4,\"topk_group\":2," + kSizes + "," + key + "}",
+                   Reason::routing_unsupported, {"topk_method", method, "4 groups", "noaux_tc"});
+  }
+}
+
 TEST(Config, families_route_as_their_code_does) {
   EXPECT_FALSE(family("qwen3_moe").routing.renormalise);
   EXPECT_TRUE(family("qwen3_moe", R"("norm_topk_prob":true)").routing.renormalise);

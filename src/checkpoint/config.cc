@@ -133,19 +133,30 @@ Score read_score(const Object& text, const Family& row) {
       fmt::format("{}: \"scoring_func\" is {}; softmax, sigmoid, sqrtsoftplus would pass", text.file, quote(name)));
 }
 
-void read_groups(const Object& text, const Family& row, i32 experts, Routing* routing) {
-  const std::string method = text.has("topk_method") ? text.string("topk_method") : std::string();
+std::string read_method(const Object& text, const Family& row) {
+  std::string method = text.has("topk_method") ? text.string("topk_method") : std::string(row.method);
   if (!method.empty() && method != "noaux_tc" && method != "group_limited_greedy" && method != "greedy") {
     throw Error(Reason::routing_unsupported,
                 fmt::format("{}: \"topk_method\" is {}; noaux_tc, group_limited_greedy, greedy would pass", text.file,
                             quote(method)));
   }
-  if (method == "greedy" || !row.groups_key) return;
+  return method;
+}
+
+void read_groups(const Object& text, const Family& row, const std::string& method, i32 experts, Routing* routing) {
+  const bool by_method = !row.method.empty();
+  if (!row.groups_key || (by_method && method == "greedy")) return;
   if (method == "group_limited_greedy") routing->group_best = 1;
   if (method == "noaux_tc") routing->group_best = 2;
   routing->groups = text.has("n_group") ? std::max(text.integer("n_group", 0, experts), 1) : row.groups;
   const i32 kept = routing->groups > 1 ? row.groups_kept : 1;
   routing->groups_kept = text.has("topk_group") ? std::max(text.integer("topk_group", 0, experts), 1) : kept;
+  if (!by_method && !method.empty() && method != "noaux_tc" && routing->groups > 1) {
+    throw Error(Reason::routing_unsupported,
+                fmt::format("{}: \"topk_method\" is {} with {} groups (\"n_group\"), which "
+                            "the family's code does not have; noaux_tc would pass",
+                            text.file, quote(method), routing->groups));
+  }
   if (experts % routing->groups != 0 || routing->groups_kept > routing->groups) {
     throw Error(
         Reason::routing_unsupported,
@@ -155,13 +166,25 @@ void read_groups(const Object& text, const Family& row, i32 experts, Routing* ro
   }
 }
 
+bool read_renormalise(const Object& text, const Family& row, const std::string& method) {
+  const bool renormalise =
+      row.renormalise_key && text.has("norm_topk_prob") ? text.boolean("norm_topk_prob") : row.renormalise;
+  if (renormalise && row.renormalise_disputed && method != "noaux_tc") {
+    throw Error(Reason::routing_unsupported,
+                fmt::format("{}: \"norm_topk_prob\" is true with \"topk_method\" {}, for which DeepSeek-V2's own code "
+                            "leaves out the scale and transformers the renormalisation; false or noaux_tc would pass",
+                            text.file, quote(method)));
+  }
+  return renormalise;
+}
+
 Routing read_routing(const Object& text, const Family& row, i32 experts) {
   Routing routing;
   routing.score = read_score(text, row);
   routing.group_best = row.group_best;
-  read_groups(text, row, experts, &routing);
-  routing.renormalise = row.renormalise;
-  if (row.renormalise_key && text.has("norm_topk_prob")) routing.renormalise = text.boolean("norm_topk_prob");
+  const std::string method = read_method(text, row);
+  read_groups(text, row, method, experts, &routing);
+  routing.renormalise = read_renormalise(text, row, method);
   routing.scale = row.scale;
   if (row.scale_key && text.has("routed_scaling_factor")) routing.scale = text.number("routed_scaling_factor");
   routing.weight_on_input = row.weight_on_input;

@@ -13,14 +13,16 @@ namespace fourmoe::checkpoint {
 struct Family {
   std::string_view name{};  // model_type, without a "_text" ending
   Score score = Score::softmax;
-  bool renormalise = true;       // norm_topk_prob where the key is absent
-  bool renormalise_key = false;  // norm_topk_prob decides
-  bool groups_key = false;       // n_group and topk_group decide
-  i32 groups = 1;                // n_group where the key is absent
-  i32 groups_kept = 1;           // topk_group where the key is absent
-  i32 group_best = 2;            // sum of a group's best experts
-  bool scale_key = false;        // routed_scaling_factor decides
-  f32 scale = 1.0f;              // where the key is absent
+  bool renormalise = true;            // norm_topk_prob where the key is absent
+  bool renormalise_key = false;       // norm_topk_prob decides
+  bool renormalise_disputed = false;  // implementations compute different weights where norm_topk_prob is true
+  bool groups_key = false;            // n_group and topk_group decide
+  i32 groups = 1;                     // n_group where the key is absent
+  i32 groups_kept = 1;                // topk_group where the key is absent
+  i32 group_best = 2;                 // sum of a group's best experts
+  std::string_view method{};          // topk_method where it decides and is absent; empty: it is noaux_tc
+  bool scale_key = false;             // routed_scaling_factor decides
+  f32 scale = 1.0f;                   // where the key is absent
   ActivationKind activation = ActivationKind::swiglu;
   bool activation_key = true;      // hidden_act (or its synonyms) decides
   f32 alpha = 1.702f;              // of swiglu_clamped, where swiglu_alpha is absent
