@@ -92,6 +92,15 @@ TEST(Dialects, letters_for_projections) {
   EXPECT_EQ(layer.router.rows, 4);
 }
 
+TEST(Dialects, ernies_selection_bias_is_a_row) {
+  ModelFiles files = test::make_qwen3();
+  files.config = test::config_of("ernie4_5_moe");
+  add_counting(&files, "model.layers.0.mlp.moe_statics.e_score_correction_bias", {1, kExperts});
+  EXPECT_EQ(load(files).selection_bias, (std::vector<f32>{0, 1, 2, 3}));
+  add_counting(&files, "model.layers.0.mlp.moe_statics.e_score_correction_bias", {kExperts, 1});
+  EXPECT_THROW(load(files), Error);
+}
+
 TEST(Dialects, layers_start_anywhere_and_heads_come_last) {
   ModelFiles files = test::make_qwen3({3, 4, 10});
   files.config = test::config_of("qwen3_next", R"(,"num_hidden_layers":12)");

@@ -298,7 +298,8 @@ Matrix view_dense(Named named, i64 rows, i64 cols, Owned* owned) {
 
 std::vector<f32> read_vector(Named named, i64 count) {
   const format::Dtype dtype = float_dtype(named);
-  if (named->second.shape != Shape{count}) refuse_shape(named, {count}, "BF16, F16 or F32");
+  const Shape& shape = named->second.shape;
+  if (shape != Shape{count} && shape != Shape{1, count}) refuse_shape(named, {count}, "BF16, F16 or F32");
   std::vector<f32> out(static_cast<std::size_t>(count));
   for (i64 i = 0; i < count; ++i) out[static_cast<std::size_t>(i)] = format::read(named->second.data(), dtype, i);
   return out;

@@ -67,7 +67,7 @@ const f32* read_bias(const Source& source, Owned* owned);
 // A dense matrix [rows, cols] of bf16, f16 or f32.
 format::Matrix view_dense(Named named, i64 rows, i64 cols, Owned* owned);
 
-// A vector [count] of f32, bf16 or f16, widened.
+// A vector [count] or row [1, count] of f32, bf16 or f16, widened.
 std::vector<f32> read_vector(Named named, i64 count);
 
 // Throws value_not_finite for the first value that is not finite. `name` says where they are from.
