@@ -168,6 +168,26 @@ TEST(Dialects, shapes_overrule_the_family) {
   EXPECT_EQ(at(load(files).experts[1].up, 2, 3), static_cast<f32>((1 * 48 + 3) * 32 + 16 + 2));
 }
 
+TEST(Dialects, a_projection_that_fits_one_way_decides_for_the_others) {
+  ModelFiles square_gate_up;  // hidden is 2 * inter
+  square_gate_up.config = test::config_of("qwen3_vl_moe");
+  add_counting(&square_gate_up, "model.layers.0.mlp.experts.gate_up_proj", {kExperts, kHidden, 2 * kInter});
+  add_counting(&square_gate_up, "model.layers.0.mlp.experts.down_proj", {kExperts, kInter, kHidden});
+  const Layer transposed = load(square_gate_up);
+  EXPECT_EQ(inspect(square_gate_up).layers[0].layout, "transposed");
+  EXPECT_EQ(at(transposed.experts[1].up, 2, 3), static_cast<f32>((1 * 32 + 3) * 32 + 16 + 2));
+  EXPECT_EQ(at(transposed.experts[3].down, 5, 7), static_cast<f32>((3 * 16 + 7) * 32 + 5));
+
+  ModelFiles square_down;  // hidden is inter, as in gpt-oss
+  square_down.config = test::config_of("gpt_oss");
+  square_down.config.replace(square_down.config.find(":16"), 3, ":32");
+  add_counting(&square_down, "model.layers.0.mlp.experts.gate_up_proj", {kExperts, 64, 32});
+  add_counting(&square_down, "model.layers.0.mlp.experts.down_proj", {kExperts, 32, 32});
+  const Layer normal = load(square_down);
+  EXPECT_EQ(at(normal.experts[1].up, 2, 3), static_cast<f32>((1 * 64 + 5) * 32 + 3));
+  EXPECT_EQ(at(normal.experts[3].down, 5, 7), static_cast<f32>((3 * 32 + 5) * 32 + 7));
+}
+
 TEST(Dialects, nvfp4_stacks_with_dots) {
   ModelFiles files;
   files.config = test::config_of("qwen3_moe");

@@ -67,6 +67,17 @@ void check_count(const LayerTensors& layer, const Config& config) {
                   quote(layer.base + ".experts"), found, last, gap, config.experts_key, config.file, config.experts));
 }
 
+// Which orientation to take where both fit: that of a projection in which one alone fits, since a checkpoint stores all
+// in one; else the family's.
+bool find_orientation(const ExpertSources& sources, const Geometry& geometry) {
+  for (const Source& source : sources) {
+    if (source.parts == nullptr || source.experts == 0) continue;
+    const bool transposed = examine(source, geometry.prefer_transposed).transposed;
+    if (transposed == examine(source, !geometry.prefer_transposed).transposed) return transposed;
+  }
+  return geometry.prefer_transposed;
+}
+
 }  // namespace
 
 Geometry geometry_of(const Config& config) {
@@ -134,9 +145,10 @@ ExpertSources find_shared_sources(const LayerTensors& layer, const Geometry& geo
 }
 
 std::array<Form, 3> examine_all(const ExpertSources& sources, const Geometry& geometry) {
+  const bool prefer_transposed = find_orientation(sources, geometry);
   std::array<Form, 3> forms;
   for (std::size_t p = 0; p < 3; ++p) {
-    if (sources[p].parts != nullptr) forms[p] = examine(sources[p], geometry.prefer_transposed);
+    if (sources[p].parts != nullptr) forms[p] = examine(sources[p], prefer_transposed);
   }
   for (std::size_t p = 0; p < 3; ++p) {
     if (sources[p].parts == nullptr) forms[p] = forms[1];
