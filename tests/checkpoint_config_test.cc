@@ -152,6 +152,9 @@ TEST(Config, activations) {
   const Activation v4 = family("deepseek_v4", R"("swiglu_limit":10.0)").activation;
   EXPECT_EQ(v4.alpha, 1.0f);
   EXPECT_EQ(v4.beta, 0.0f);
+  EXPECT_EQ(family("deepseek_v4", R"("hidden_act":"silu")").activation.kind, ActivationKind::swiglu_clamped);
+  expect_refused("{\"model_type\":\"deepseek_v4\"," + kSizes + R"(,"hidden_act":"gelu"})",
+                 Reason::activation_unsupported, {"hidden_act", "gelu", "silu would pass"});
   expect_refused("{\"model_type\":\"qwen3_moe\"," + kSizes + R"(,"hidden_act":"tanh"})", Reason::activation_unsupported,
                  {"hidden_act", "tanh", "silu"});
 }

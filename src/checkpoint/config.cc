@@ -90,7 +90,7 @@ Family generic_family(const Object& text, const std::string& name) {
 }
 
 ActivationKind read_activation_kind(const Object& text, const Family& row) {
-  const std::string_view key = row.activation_key ? first_of(text, kActivation) : std::string_view();
+  const std::string_view key = row.activation_key || row.silu_alone ? first_of(text, kActivation) : std::string_view();
   if (key.empty()) return row.activation;
   static constexpr std::array<std::pair<std::string_view, ActivationKind>, 7> kNames = {{
       {"silu", ActivationKind::swiglu},
@@ -103,11 +103,12 @@ ActivationKind read_activation_kind(const Object& text, const Family& row) {
   }};
   const std::string name = text.string(key);
   for (const auto& [known, kind] : kNames) {
-    if (name == known) return kind;
+    if (name == known && row.activation_key) return kind;
+    if (name == known && kind == ActivationKind::swiglu) return row.activation;
   }
-  throw Error(
-      Reason::activation_unsupported,
-      fmt::format("{}: \"{}\" is {}; silu, gelu, gelu_pytorch_tanh, relu2 would pass", text.file, key, quote(name)));
+  throw Error(Reason::activation_unsupported,
+              fmt::format("{}: \"{}\" is {}; {} would pass", text.file, key, quote(name),
+                          row.activation_key ? "silu, gelu, gelu_pytorch_tanh, relu2" : "silu"));
 }
 
 Activation read_activation(const Object& text, const Family& row) {

@@ -42,6 +42,7 @@ constexpr std::array<Family, 26> kFamilies = {{
      .scale = 1.5f,
      .activation = swiglu_clamped,
      .activation_key = false,
+     .silu_alone = true,
      .alpha = 1.0f,
      .beta = 0.0f,
      .limit = 10.0f,

@@ -25,6 +25,7 @@ struct Family {
   f32 scale = 1.0f;                   // where the key is absent
   ActivationKind activation = ActivationKind::swiglu;
   bool activation_key = true;      // hidden_act (or its synonyms) decides
+  bool silu_alone = false;         // the clamped form is of hidden_act silu: another is refused
   f32 alpha = 1.702f;              // of swiglu_clamped, where swiglu_alpha is absent
   f32 beta = 1.0f;                 // of swiglu_clamped
   f32 limit = 7.0f;                // of swiglu_clamped, where swiglu_limit is absent
