@@ -181,6 +181,20 @@ TEST(Config, unknown_families_must_be_explicit) {
   expect_refused(known + R"(,"norm_topk_prob":true,"hidden_act":"silu","scoring_func":"sigmoid"})",
                  Reason::family_unknown, {"new_moe"});
   expect_refused("{" + kSizes + R"(,"norm_topk_prob":true,"hidden_act":"silu"})", Reason::family_unknown, {"known:"});
+  // Of Cohere's, Ling's, LFM2's and LongCat's, and one of nobody's.
+  for (const std::string key :
+       {R"("expert_selection_fn":"sigmoid")", R"("shared_expert_combination_strategy":"average")",
+        R"("moe_router_enable_expert_bias":true)", R"("use_expert_bias":true)", R"("zero_expert_num":4)",
+        R"("n_group":4)", R"("num_expert_group":4)", R"("topk_method":"greedy")", R"("moe_latent_size":16)",
+        R"("score_func":"softmax")", R"("routing_temperature":2.0)"}) {
+    expect_refused(known + R"(,"norm_topk_prob":true,"hidden_act":"silu",)" + key + "}", Reason::family_unknown,
+                   {"new_moe", key.substr(0, key.find(':'))});
+  }
+  EXPECT_EQ(parse(known + R"(,"norm_topk_prob":false,"hidden_act":"silu","router_aux_loss_coef":0.1,)"
+                          R"("output_router_logits":false,"moe_layer_freq":2,"first_k_dense_replace":1,)"
+                          R"("shared_expert_intermediate_size":8,"use_expert_bias":false,"n_group":null})")
+                .family,
+            "new_moe");
 }
 
 TEST(Config, quantisation_facts) {

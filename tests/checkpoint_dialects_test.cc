@@ -188,6 +188,32 @@ TEST(Dialects, a_projection_that_fits_one_way_decides_for_the_others) {
   EXPECT_EQ(at(normal.experts[3].down, 5, 7), static_cast<f32>((3 * 32 + 5) * 32 + 7));
 }
 
+TEST(Dialects, unknown_families_with_unknown_tensors_are_refused) {
+  ModelFiles files = test::make_qwen3({3});
+  files.config = test::config_of("new_moe", R"(,"norm_topk_prob":true)");
+  for (const char* beside : {"self_attn.q_proj.bias", "input_layernorm.weight", "mlp.shared_expert_gate.weight",
+                             "mlp.shared_expert.up_proj.input_scale"}) {
+    files.add_f32(std::string("model.layers.3.") + beside, {kExperts}, 0.5f);
+  }
+  EXPECT_EQ(inspect(files).family, "new_moe");
+  // Of Kolibri, LFM2, Laguna, Klear, Pangu and Gemma 4.
+  for (const std::string tensor :
+       {"moe.router.expert_bias", "mlp.expert_bias", "mlp.experts.e_score_correction_bias", "mlp.coefficient.weight",
+        "mlp.router_scale", "router.per_expert_scale", "mlp.gate.bias", "mlp.gate.e_score_correction_bias"}) {
+    ModelFiles odd = files;
+    odd.add_f32("model.layers.3." + tensor, {kExperts}, 0.5f);
+    try {
+      inspect(odd);
+      FAIL() << tensor;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.reason(), Reason::family_unknown);
+      EXPECT_NE(std::string(error.what()).find(tensor), std::string::npos) << error.what();
+    }
+    odd.config = test::config_of("qwen3_moe", R"(,"norm_topk_prob":true)");
+    EXPECT_EQ(inspect(odd).family, "qwen3_moe");
+  }
+}
+
 TEST(Dialects, nvfp4_stacks_with_dots) {
   ModelFiles files;
   files.config = test::config_of("qwen3_moe");

@@ -25,10 +25,14 @@ constexpr Names kTopK = {
 constexpr Names kInter = {"moe_intermediate_size", "intermediate_size"};
 constexpr Names kHidden = {"hidden_size"};
 constexpr Names kActivation = {"mlp_hidden_act", "hidden_activation", "hidden_act"};
-// Keys of models that route by more than softmax and top-k.
-constexpr Names kSpecialRouting = {"scoring_func",    "score_func",  "score_function",  "moe_router_activation_func",
-                                   "n_group",         "topk_method", "moe_latent_size", "moe_router_use_sigmoid",
-                                   "zero_expert_num", "swiglu_limit"};
+// Of a model_type that is not known: parts of keys that may be about routing, keys that are and change nothing in it
+// beyond what is read, and parts of keys about training, about which layers have experts, and about shared experts'
+// sizes.
+constexpr std::array<std::string_view, 8> kRoutingParts = {"expert", "moe",    "rout",    "topk",
+                                                           "scor",   "gating", "n_group", "swiglu_"};
+constexpr std::array<std::string_view, 5> kPlainKeys = {
+    "norm_topk_prob", "routed_scaling_factor", "output_router_logits", "n_shared_experts", "num_shared_experts"};
+constexpr std::array<std::string_view, 5> kPlainParts = {"loss", "jitter", "layer", "intermediate_size", "index_topk"};
 
 Keys used(const Names& names) { return {names.begin(), std::find(names.begin(), names.end(), std::string_view())}; }
 
@@ -76,15 +80,38 @@ std::string read_family(const Object& root, const Object& text) {
   return name;
 }
 
+template <class Parts>
+bool has_part(std::string_view key, const Parts& parts) {
+  return std::any_of(parts.begin(), parts.end(), [&](std::string_view part) { return key.find(part) != key.npos; });
+}
+
+template <class Keys>
+bool is_one_of(std::string_view key, const Keys& keys) {
+  return std::find(keys.begin(), keys.end(), key) != keys.end();
+}
+
+// A key that may change how the model routes, or how it adds its experts; empty when there is none.
+std::string find_special_key(const Object& text) {
+  for (const auto& [key, value] : text.json->items()) {
+    if (value.is_null() || value == false || !has_part(key, kRoutingParts) || has_part(key, kPlainParts)) continue;
+    if (is_one_of(key, kExperts) || is_one_of(key, kTopK) || is_one_of(key, kPlainKeys)) continue;
+    return key;
+  }
+  return {};
+}
+
 // Softmax routing is safe to assume only when the config is explicit about all else.
 Family generic_family(const Object& text, const std::string& name) {
-  const bool plain =
-      text.has("norm_topk_prob") && !first_of(text, kActivation).empty() && first_of(text, kSpecialRouting).empty();
-  if (!plain || name.empty()) {
+  if (name.empty() || !text.has("norm_topk_prob") || first_of(text, kActivation).empty()) {
     throw Error(Reason::family_unknown,
                 fmt::format("{}: model_type {} is not known and the config does not say how it routes (norm_topk_prob, "
                             "hidden_act); known: {}",
                             text.file, quote(name), family_names()));
+  }
+  if (const std::string key = find_special_key(text); !key.empty()) {
+    throw Error(Reason::family_unknown,
+                fmt::format("{}: model_type {} is not known and {} may change how it routes; known: {}", text.file,
+                            quote(name), quote(key), family_names()));
   }
   return {.renormalise_key = true, .scale_key = true, .generic = true};
 }

@@ -175,6 +175,26 @@ void take_beside(const TensorMap& tensors, bool gate_bias_selects, LayerTensors*
   if (gate_bias_selects && layer->selection_bias == nullptr) std::swap(layer->selection_bias, layer->router_bias);
 }
 
+// Of a name after its base: whether it is one of the experts', of a shared expert's or one beside them.
+bool is_known(std::string_view name) {
+  for (const BesideName& known : kBesideNames) {
+    if (name == known.name) return true;
+  }
+  for (const std::string_view shared : kSharedNames) {
+    if (name.starts_with(shared.substr(1))) return parse_leaf(name.substr(shared.size() - 1)).has_value();
+  }
+  if (!name.starts_with(kExperts.substr(1))) return false;
+  name.remove_prefix(kExperts.size() - 1);
+  const std::size_t end = name.find('.');
+  if (end != std::string_view::npos && parse_number(name.substr(0, end))) name.remove_prefix(end + 1);
+  return parse_leaf(name).has_value();
+}
+
+bool names_routing(std::string_view name) {
+  static constexpr std::array<std::string_view, 4> kWords = {"expert", "router", "moe", "score"};
+  return std::any_of(kWords.begin(), kWords.end(), [&](std::string_view word) { return name.find(word) != name.npos; });
+}
+
 void take_shared(const TensorMap& tensors, LayerTensors* layer) {
   for (const std::string_view shared : kSharedNames) {
     const std::string prefix = layer->base + std::string(shared);
@@ -229,6 +249,18 @@ std::vector<LayerTensors> find_layers(const TensorMap& tensors, bool gate_bias_s
   number_extra_layers(&found, layers);
   check_one_base_a_layer(found);
   return found;
+}
+
+Named find_unknown(const TensorMap& tensors, const LayerTensors& layer) {
+  const std::string base = layer.base + ".";
+  const std::string whole = base.substr(0, base.find('.', find_layer_number(layer.base)->before.size()) + 1);
+  for (auto at = tensors.lower_bound(whole); at != tensors.end() && at->first.starts_with(whole); ++at) {
+    const std::string_view name = at->first;
+    const bool inside = base.size() > whole.size() && name.starts_with(base);
+    if (!inside && !names_routing(name.substr(whole.size()))) continue;
+    if (!name.starts_with(base) || !is_known(name.substr(base.size()))) return &*at;
+  }
+  return nullptr;
 }
 
 std::string sibling_name(std::string_view weight, std::string_view attribute) {

@@ -59,6 +59,9 @@ struct LayerTensors {
 // after which extra ones are numbered; 0 when unknown.
 std::vector<LayerTensors> find_layers(const TensorMap& tensors, bool gate_bias_selects, i32 layers);
 
+// A tensor of the layer's MoE, by its name, whose meaning this reader does not know; null for none.
+Named find_unknown(const TensorMap& tensors, const LayerTensors& layer);
+
 // Name that a tensor beside `weight` would have: ("x.weight", "weight_scale") -> "x.weight_scale".
 std::string sibling_name(std::string_view weight, std::string_view attribute);
 

@@ -112,7 +112,7 @@ class SafetensorsSource final : public LayerSource {
                   fmt::format("{}: none of {} tensors is named like an expert's (...layers.N....experts...); known: {}",
                               folder_.path.string(), folder_.tensors.size(), family_names()));
     }
-    if (folder_.config.row.generic) refuse_selection_bias();
+    if (folder_.config.row.generic) refuse_unknown_routing();
   }
 
   std::vector<i32> layers() const override {
@@ -154,13 +154,16 @@ class SafetensorsSource final : public LayerSource {
   }
 
  private:
-  // Plain softmax has no selection bias: a model that has one scores its experts in another way.
-  void refuse_selection_bias() const {
+  // Plain softmax has no selection bias, and a bias of the router may be one: a model that has one, or a tensor that is
+  // not known, routes in another way.
+  void refuse_unknown_routing() const {
     for (const LayerTensors& layer : layers_) {
-      if (layer.selection_bias == nullptr) continue;
+      Named odd = layer.selection_bias != nullptr ? layer.selection_bias : layer.router_bias;
+      if (odd == nullptr) odd = find_unknown(folder_.tensors, layer);
+      if (odd == nullptr) continue;
       throw Error(Reason::family_unknown,
-                  fmt::format("{}: model_type {} is not known and routes with {}; known: {}", folder_.config.file,
-                              quote(folder_.config.family), where(layer.selection_bias), family_names()));
+                  fmt::format("{}: model_type {} is not known and may route with {}; known: {}", folder_.config.file,
+                              quote(folder_.config.family), where(odd), family_names()));
     }
   }
 
