@@ -7,7 +7,7 @@ namespace {
 
 using enum ActivationKind;
 
-// Sources: each model's modeling and configuration files in huggingface/transformers 5.23. "Top-k, then softmax"
+// Sources: each model's modeling and configuration files in huggingface/transformers 5.24. "Top-k, then softmax"
 // (Mixtral, gpt-oss) equals softmax with renormalise.
 constexpr std::array<Family, 26> kFamilies = {{
     {.name = "deepseek_v2",
