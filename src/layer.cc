@@ -173,6 +173,9 @@ Status check_call(const checkpoint::Layer& weights, const LayerCall& call) {
   if (call.ids.empty() != call.weights.empty()) {
     return refuse(Reason::argument_invalid, "topk_ids and topk_weights go together");
   }
+  if (weights.picked_by_token && call.ids.empty() && tokens > 0) {
+    return refuse(Reason::tensor_missing, "the layer picks by a table of token ids; give topk_ids and topk_weights");
+  }
   if (call.logits.empty() && call.ids.empty() && weights.router.empty() && tokens > 0) {
     return refuse(Reason::tensor_missing,
                   "the checkpoint has no router for this layer; give router_logits, or topk_ids and topk_weights");

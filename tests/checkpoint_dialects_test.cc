@@ -327,6 +327,7 @@ TEST(Dialects, mxfp4_by_expert) {
   files.add("layers.0.ffn.gate.tid2eid", "I64", {8, 2}, 0);
   const Layer hashed = load(files);
   EXPECT_TRUE(hashed.router.empty());
+  EXPECT_TRUE(hashed.picked_by_token);
   EXPECT_NE(hashed.notes.back().find("token ids"), std::string::npos);
 }
 

@@ -493,6 +493,18 @@ TEST_F(BadCall, NoPicksAndNoRouter) {
   call_.ids = call_.weights = {};
   expect(Reason::tensor_missing, "router");
 }
+TEST_F(BadCall, LogitsForATableOfTokenIds) {
+  checkpoint::Layer weights = cases::random_layer(spec_.problem, 3, false);
+  weights.picked_by_token = true;
+  Layer layer(weights, {});
+  EXPECT_TRUE(layer.run(call_).ok());
+  const std::vector<f32> logits(3 * spec_.problem.experts, 0.5f);
+  call_.logits = {const_cast<f32*>(logits.data()), Dtype::f32, 3, spec_.problem.experts, spec_.problem.experts};
+  call_.ids = call_.weights = {};
+  const Status status = layer.run(call_);
+  EXPECT_EQ(status.reason, Reason::tensor_missing);
+  EXPECT_NE(status.detail.find("give topk_ids"), std::string::npos) << status.detail;
+}
 TEST_F(BadCall, LogitsAndIds) {
   call_.logits = call_.weights;
   expect(Reason::argument_invalid, "both");

@@ -66,6 +66,7 @@ struct Layer {
   format::Matrix router;            // [experts, hidden] dense; empty when the checkpoint has none
   std::vector<f32> router_bias;     // [experts] added to logits; empty for none
   std::vector<f32> selection_bias;  // [experts] (e_score_correction_bias); empty for none
+  bool picked_by_token = false;     // picks come from a table of token ids, so that no logits give them
 
   struct Shared {
     Problem problem;  // experts 1, top_k 1, score none

@@ -251,6 +251,7 @@ class SafetensorsSource final : public LayerSource {
       out->selection_bias = read_vector(layer.selection_bias, experts);
       check_finite(out->selection_bias, where(layer.selection_bias));
     }
+    out->picked_by_token = layer.hash_table != nullptr;
     if (!routable(layer)) return;
     out->router = view_dense(layer.router, experts, folder_.config.hidden, owned);
     if (layer.router_bias != nullptr) out->router_bias = read_vector(layer.router_bias, experts);
