@@ -7,6 +7,23 @@ namespace {
 
 using enum ActivationKind;
 
+constexpr Family glm_form(std::string_view name, f32 scale) {
+  return {.name = name,
+          .score = Score::sigmoid,
+          .renormalise_key = true,
+          .groups_key = true,
+          .scale_key = true,
+          .scale = scale};
+}
+
+constexpr Family deepseek_v3_form(std::string_view name) {
+  Family family = glm_form(name, 2.5f);
+  family.groups = 8;
+  family.groups_kept = 4;
+  family.gate_bias_selects = true;
+  return family;
+}
+
 // Sources: each model's modeling and configuration files in huggingface/transformers 5.24. "Top-k, then softmax"
 // (Mixtral, gpt-oss) equals softmax with renormalise.
 constexpr std::array<Family, 26> kFamilies = {{
@@ -18,24 +35,8 @@ constexpr std::array<Family, 26> kFamilies = {{
      .group_best = 1,
      .method = "greedy",
      .scale_key = true},
-    {.name = "deepseek_v3",
-     .score = Score::sigmoid,
-     .renormalise_key = true,
-     .groups_key = true,
-     .groups = 8,
-     .groups_kept = 4,
-     .scale_key = true,
-     .scale = 2.5f,
-     .gate_bias_selects = true},
-    {.name = "deepseek_v32",
-     .score = Score::sigmoid,
-     .renormalise_key = true,
-     .groups_key = true,
-     .groups = 8,
-     .groups_kept = 4,
-     .scale_key = true,
-     .scale = 2.5f,
-     .gate_bias_selects = true},
+    deepseek_v3_form("deepseek_v3"),
+    deepseek_v3_form("deepseek_v32"),
     {.name = "deepseek_v4",
      .score = Score::sqrt_softplus,
      .scale_key = true,
@@ -47,29 +48,11 @@ constexpr std::array<Family, 26> kFamilies = {{
      .beta = 0.0f,
      .limit = 10.0f,
      .gate_bias_selects = true},
-    {.name = "kimi_k2",
-     .score = Score::sigmoid,
-     .renormalise_key = true,
-     .groups_key = true,
-     .groups = 8,
-     .groups_kept = 4,
-     .scale_key = true,
-     .scale = 2.5f,
-     .gate_bias_selects = true},
-    {.name = "glm4_moe", .score = Score::sigmoid, .renormalise_key = true, .groups_key = true, .scale_key = true},
-    {.name = "glm4v_moe", .score = Score::sigmoid, .renormalise_key = true, .groups_key = true, .scale_key = true},
-    {.name = "glm4_moe_lite",
-     .score = Score::sigmoid,
-     .renormalise_key = true,
-     .groups_key = true,
-     .scale_key = true,
-     .scale = 1.8f},
-    {.name = "glm_moe_dsa",
-     .score = Score::sigmoid,
-     .renormalise_key = true,
-     .groups_key = true,
-     .scale_key = true,
-     .scale = 2.5f},
+    deepseek_v3_form("kimi_k2"),
+    glm_form("glm4_moe", 1.0f),
+    glm_form("glm4v_moe", 1.0f),
+    glm_form("glm4_moe_lite", 1.8f),
+    glm_form("glm_moe_dsa", 2.5f),
     {.name = "dots1",
      .score = Score::sigmoid,
      .renormalise = false,
