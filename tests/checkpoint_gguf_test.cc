@@ -7,6 +7,7 @@
 
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/gguf.h"
+#include "checkpoint/gguf_config.h"
 #include "format/nvfp4.h"
 #include "scratch.h"
 #include "status.h"
@@ -232,6 +233,24 @@ TEST(Gguf, every_scale_and_code_decodes_as_ggml_does) {
       }
     }
   }
+}
+
+// DeepSeek-V2's files score by softmax without saying so; with a selection bias another model is as likely.
+TEST(Gguf, refuses_a_selection_bias_of_scores_without_a_name) {
+  Gguf gguf;
+  gguf.metadata = {{"general.architecture", "deepseek2"},       {"deepseek2.embedding_length", i64{64}},
+                   {"deepseek2.expert_count", i64{8}},          {"deepseek2.expert_used_count", i64{2}},
+                   {"deepseek2.feed_forward_length", i64{128}}, {"deepseek2.expert_feed_forward_length", i64{64}}};
+  EXPECT_EQ(read_gguf_config(gguf, "m.gguf").routing.score, Score::softmax);
+  gguf.tensors["blk.1.exp_probs_b.bias"] = {};
+  try {
+    read_gguf_config(gguf, "m.gguf");
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("deepseek2.expert_gating_func"), std::string::npos) << error.what();
+  }
+  gguf.metadata["deepseek2.expert_gating_func"] = i64{2};
+  EXPECT_EQ(read_gguf_config(gguf, "m.gguf").routing.score, Score::sigmoid);
 }
 
 // A fixture with one change.

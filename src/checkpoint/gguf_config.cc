@@ -107,6 +107,17 @@ Score read_score(const Metadata& metadata, const std::string& key, Score otherwi
   }
 }
 
+// A selection bias beside scores that nothing names: DeepSeek-V2's softmax or the sigmoid of V3 and GLM-4.7-Flash,
+// which share an architecture.
+void refuse_unnamed_score(const Gguf& gguf, const Metadata& metadata, const std::string& gating, Score otherwise) {
+  if (otherwise != Score::softmax || (metadata.has(gating) && metadata.integer(gating, 0) != 0)) return;
+  for (const auto& [name, tensor] : gguf.tensors) {
+    if (name.find("exp_probs_b") == name.npos) continue;
+    metadata.refuse(gating,
+                    fmt::format("is missing and {} is there; 1 (softmax) or 2 (sigmoid) would pass", quote(name)));
+  }
+}
+
 Routing read_routing(const Metadata& metadata, const std::string& prefix, const Architecture& architecture,
                      const Family& row, i32 experts) {
   Routing out;
@@ -135,6 +146,7 @@ Config read_gguf_config(const Gguf& gguf, std::string_view file) {
   const Architecture& architecture = find_architecture(name, file);
   const std::string prefix = name + ".";
   const std::string inter = prefix + "expert_feed_forward_length";
+  refuse_unnamed_score(gguf, metadata, prefix + "expert_gating_func", architecture.score);
   Config out;
   out.file = file;
   out.family = architecture.family;
