@@ -3,13 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <new>
 #include <optional>
 #include <utility>
 
 #include "gpu/runtime.h"
 #include "residence.h"
+#include "route/route.h"
 
 namespace fourmoe {
 namespace {
@@ -63,14 +63,6 @@ Plans make_plans(const checkpoint::Layer& weights, const LayerOptions& options, 
   return plans;
 }
 
-// A NaN has no place in an order: which experts are picked beside it would be chance.
-void check_selection_bias(const std::vector<f32>& bias) {
-  const auto odd = std::find_if(bias.begin(), bias.end(), [](f32 value) { return !std::isfinite(value); });
-  if (odd == bias.end()) return;
-  throw Error(Reason::value_not_finite,
-              fmt::format("selection_bias[{}] is {}, expected a finite number", odd - bias.begin(), *odd));
-}
-
 }  // namespace
 
 struct Layer::Impl {
@@ -112,7 +104,7 @@ Layer::Layer(checkpoint::Layer weights, const LayerOptions& options) : impl_(std
   if (options.max_tokens < 1) {
     throw Error(Reason::argument_invalid, fmt::format("max_tokens is {}, expected at least 1", options.max_tokens));
   }
-  check_selection_bias(weights.selection_bias);
+  throw_unless_ok(route::check_bias(weights.selection_bias));
   impl_->weights = std::move(weights);
   tune::Known known(options.tuning);
   impl_->bf16 = make_plans(impl_->weights, options, Dtype::bf16, &known);
@@ -362,7 +354,7 @@ void Layer::refit(checkpoint::Layer weights) {
     throw Error(Reason::tensor_mismatch, fmt::format("the new weights are {}, expected {} as the layer's",
                                                      form_words(weights), form_words(held)));
   }
-  check_selection_bias(weights.selection_bias);
+  throw_unless_ok(route::check_bias(weights.selection_bias));
   checkpoint::Layer before = std::exchange(impl_->weights, std::move(weights));
   try {
     impl_->home->refit();

@@ -225,11 +225,7 @@ std::tuple<nb::object, nb::object> route_logits(const nb::dict& dictionary) {
                                 weights::element_name(bias.element), p.experts));
   }
   in.bias = reinterpret_cast<const f32*>(bias.data);
-  for (i32 e = 0; biased && e < p.experts; ++e) {
-    if (std::isfinite(in.bias[e])) continue;
-    throw Error(Reason::value_not_finite,
-                fmt::format("selection_bias[{}] is {}, expected a finite number", e, in.bias[e]));
-  }
+  if (biased) throw_unless_ok(route::check_bias({in.bias, static_cast<std::size_t>(p.experts)}));
   nb::object ids = empty_like(object, {tokens, p.top_k}, Element::i32);
   nb::object weights = empty_like(object, {tokens, p.top_k}, Element::f32);
   route::Out out;

@@ -135,6 +135,13 @@ Status refuse_scale(i64 token, i64 block, u8 byte) {
                 fmt::format("hidden_scales[{}, {}] is 0x{:02x}: NaN or negative", token, block, byte));
 }
 
+Status check_bias(std::span<const f32> bias) {
+  const auto odd = std::find_if(bias.begin(), bias.end(), [](f32 value) { return !std::isfinite(value); });
+  if (odd == bias.end()) return {};
+  return refuse(Reason::value_not_finite,
+                fmt::format("selection_bias[{}] is {}, expected a finite number", odd - bias.begin(), *odd));
+}
+
 Status pick(const Problem& problem, const In& in, i32 tokens, Executor& executor, const Out& out) {
   std::atomic<i32> first_bad{tokens};
   const auto pick_one = [&](i32 token, Scratch* scratch) {

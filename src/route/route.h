@@ -12,6 +12,8 @@
 // gpt-oss) is softmax with renormalise, to which it is equal. Everything is computed in f64 from f32 logits.
 #pragma once
 
+#include <span>
+
 #include "executor.h"
 #include "flow.h"
 
@@ -51,6 +53,10 @@ struct Out {
 Status refuse_logits(i32 token);
 Status refuse_id(i32 token, i32 position, i64 id, i32 experts);
 Status refuse_scale(i64 token, i64 block, u8 byte);
+
+// Refuses a selection bias that is not finite, before calls: a NaN has no place in an order, so which experts are
+// picked beside it would be chance.
+Status check_bias(std::span<const f32> bias);
 
 // Picks of every token. Reads In, writes Out::ids and Out::weights. Refuses NaN logits and ids out of range, naming the
 // token and the value.
