@@ -22,7 +22,8 @@ namespace {
 
 struct HostAtomic {
   static i32 add(i32* p, i32 value) { return std::atomic_ref(*p).fetch_add(value, std::memory_order_relaxed); }
-  static i32 add_release(i32* p, i32 value) { return std::atomic_ref(*p).fetch_add(value, std::memory_order_acq_rel); }
+  static void add_release(i32* p, i32 value) { std::atomic_ref(*p).fetch_add(value, std::memory_order_release); }
+  static i32 add_ordered(i32* p, i32 value) { return std::atomic_ref(*p).fetch_add(value, std::memory_order_acq_rel); }
   static i32 load_acquire(i32* p) { return std::atomic_ref(*p).load(std::memory_order_acquire); }
   static void store(i32* p, i32 value) { std::atomic_ref(*p).store(value, std::memory_order_relaxed); }
 };
@@ -243,7 +244,8 @@ TEST(Queue, MutantsAreFound) {
 struct Touched {
   static inline std::set<i32*> words;
   static i32 add(i32* p, i32) { return words.insert(p), 0; }
-  static i32 add_release(i32* p, i32) { return words.insert(p), 0; }
+  static void add_release(i32* p, i32) { words.insert(p); }
+  static i32 add_ordered(i32* p, i32) { return words.insert(p), 0; }
   static i32 load_acquire(i32* p) { return words.insert(p), 0; }
   static void store(i32* p, i32) { words.insert(p); }
 };

@@ -26,8 +26,8 @@ struct QueueShape {
   FOURMOE_HD i32 words() const { return kLine + 2 * set_words(); }
 };
 
-// Atomic: add(i32*, i32) returns what was there before; add_release and load_acquire order what a block wrote before it
-// reported and what others read after they heard.
+// Atomic: add(i32*, i32) and add_ordered return what was there before; add_release, add_ordered and load_acquire order
+// what a block wrote before it reported and what others read after they heard.
 template <class Atomic>
 struct Queue {
   QueueShape shape;
@@ -57,7 +57,7 @@ struct Queue {
 
   // A hit's part of a tile of columns is stored. True for the last hit of `hits`: all parts can be read.
   FOURMOE_HD bool report_columns(int set, i32 columns, i32 hits) const {
-    return Atomic::add_release(&base(set)[QueueShape::kLine + shape.hits + columns], 1) == hits - 1;
+    return Atomic::add_ordered(&base(set)[QueueShape::kLine + shape.hits + columns], 1) == hits - 1;
   }
 
  private:
