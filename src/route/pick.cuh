@@ -194,18 +194,19 @@ __device__ __forceinline__ Choice choose_exactly(const DeviceSlots& a, const Tea
 }
 
 // One warp where a screen can be had, in f64 too if the screen cannot tell.
-template <class Sync>
-__device__ __forceinline__ Choice choose_by_logits(const DeviceSlots& a, const Team& team, Sync sync) {
+template <class Sync, class Ready>
+__device__ __forceinline__ Choice choose_by_logits(const DeviceSlots& a, const Team& team, Sync sync, Ready ready) {
   Team exact = team;
   const bool alone = team.screened;
   if (alone) {
     if (team.rank != 0 || team.token < 0) return {};
-    const Screened found = screen_token(a, team);
-    if (found.outcome == Screened::Outcome::told) return rank_candidates(a, team, found);
+    const Screened found = screen_token(a, team, ready);
     if (found.outcome == Screened::Outcome::refused) return refuse_token(a, team, gpu::FaultKind::logits, 0);
+    if (found.outcome != Screened::Outcome::unclear) return take_screened(a, team, found);
     __syncwarp();
     exact.warps = 1;
   }
+  ready();
   return choose_exactly(a, exact, [=] {
     if (alone) __syncwarp();
     else sync();
@@ -227,16 +228,18 @@ __device__ __forceinline__ Choice copy_picks(const DeviceSlots& a, const Team& t
   return {static_cast<i32>(id), gpu::read(a.in.weights.row(team.token), a.in.weights.dtype, team.lane)};
 }
 
-template <class Sync>
-__device__ __forceinline__ Choice choose(const DeviceSlots& a, const Team& team, Sync sync) {
-  if (a.in.logits.data != nullptr) return choose_by_logits(a, team, sync);
+// `ready` is called before any of the call's input is read.
+template <class Sync, class Ready>
+__device__ __forceinline__ Choice choose(const DeviceSlots& a, const Team& team, Sync sync, Ready ready) {
+  if (a.in.logits.data != nullptr) return choose_by_logits(a, team, sync, ready);
+  ready();
   return team.token >= 0 && team.rank == 0 ? copy_picks(a, team) : Choice{};
 }
 
 // What has_pick() lanes then write.
 template <class Sync>
 __device__ __forceinline__ Pick pick_token(const DeviceSlots& a, const Team& team, Sync sync) {
-  return weigh_choice(a, choose(a, team, sync));
+  return weigh_choice(a, team.token, choose(a, team, sync, [] {}));
 }
 
 // One thread, after all picks of the call and before its end: the value that the sentence names. The record is the

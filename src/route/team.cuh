@@ -72,20 +72,53 @@ __device__ __forceinline__ i32 local_of(const DeviceSlots& a, i32 id) {
   return id < 0 || local < 0 || local >= a.problem.local_experts ? -1 : local;
 }
 
+// What makes scores of one token's logits.
+struct Scale {
+  f32 largest = 0.0f;  // logit; softmax
+  bool scored = true;  // a Choice has its score: else none was needed to choose
+};
+
 // What lane p of a team's first warp has of pick p: first its score, which is the weight where the caller gives that.
 struct Choice {
   i32 id = -1;
   f64 score = 0.0;
+  Scale scale = {};
 };
 struct Pick {
   i32 id = -1;
   f32 weight = 0.0f;
 };
 
+// Of softmax not yet divided by the sum.
+__device__ __forceinline__ f64 score_logit(Score score, f64 logit, f64 largest) {
+  return score == Score::softmax ? exp(logit - largest) : score_of(score, logit);
+}
+
+// A warp: the sum of a token's exp(l - largest).
+__device__ __forceinline__ f64 sum_exps(const DeviceSlots& a, i32 token, f64 largest) {
+  const void* row = a.in.logits.row(token);
+  f64 sum = 0.0;
+#pragma unroll 1
+  for (i32 e = threadIdx.x % 32; e < a.problem.experts; e += 32) {
+    sum += exp(gpu::read(row, a.in.logits.dtype, e) - largest);
+  }
+#pragma unroll 1
+  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAll, sum, d);
+  return sum;
+}
+
 // The first warp. Apart from the choice, since that others wait for.
-__device__ __forceinline__ Pick weigh_choice(const DeviceSlots& a, const Choice& choice) {
+__device__ __forceinline__ Pick weigh_choice(const DeviceSlots& a, i32 token, const Choice& choice) {
+  const Routing& routing = a.problem.routing;
   if (a.in.logits.data == nullptr) return {choice.id, static_cast<f32>(choice.score)};
-  return {choice.id, weigh(a.problem.routing, choice.score, a.problem.top_k)};
+  f64 score = choice.score;
+  if (!choice.scale.scored) {
+    const f64 largest = choice.scale.largest;
+    const f64 logit = choice.id < 0 ? 0.0f : gpu::read(a.in.logits.row(token), a.in.logits.dtype, choice.id);
+    score = score_logit(routing.score, logit, largest);
+    if (routing.score == Score::softmax && !routing.renormalise) score /= sum_exps(a, token, largest);
+  }
+  return {choice.id, weigh(routing, score, a.problem.top_k)};
 }
 
 __device__ __forceinline__ bool has_pick(const DeviceSlots& a, const Team& team) {

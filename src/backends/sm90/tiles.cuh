@@ -80,6 +80,7 @@ __device__ int row_blocks(const Operands& operands) {
 //   void prepare(S&)                       all threads, before the roles
 //   void schedule(S&)                      the scheduling warp
 //   void store<kWidth>(tile, row_tile, d)  a warpgroup's sums of one row tile; of shapes that hand over instead
+//   void begin(S&)                         the consumers, first; of shapes that hand over
 //   void finish(S&)                        the warpgroup that takes them
 
 // One warp: weights into the ring, a lane a row tile.
@@ -351,6 +352,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
       gpu::isa::registers_take<T::kConsumerRegisters>();
       consume(shared, job, std::make_integer_sequence<int, T::kWidths>());
     } else {
+      job.begin(shared);
       consume_alike<T>(shared, job);
     }
   } else if (warp < kConsumers + 4) {

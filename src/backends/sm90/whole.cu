@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "backends/sm90/whole.cuh"
 #include "gpu/launch.cuh"
 #include "gpu/rows.h"
@@ -26,9 +28,8 @@ Status launch_round(const Whole& call, void* stream) {
   return gpu::launch("round", round_tokens, {(octets + 255) / 256, 256}, Rounding{call.hidden, call.work.rows}, stream);
 }
 
-template <int kTile>
+template <class T>
 Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
-  using T = Tiles<kTile>;
   const Problem& problem = call.slots.problem;
   const weights::DeviceTable& table = *call.table;
   const i32 rows1 = problem.activation.gated() ? 2 * problem.inter : problem.inter;
@@ -40,8 +41,9 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
                   call.work.y,         nullptr,         problem.inter};
   job.project = {table.gemm2_globals, table.down_bias, call.work.z, problem.hidden};
   job.slots = call.slots;
-  job.screened = route::can_screen(call.slots);
-  job.team_warps = job.screened || call.slots.tokens > 2 ? 1 : 4 / call.slots.tokens;
+  job.screened = call.slots.in.logits.data == nullptr || route::can_screen(call.slots);
+  while (!job.screened && 2 * call.slots.tokens << job.team_shift <= Layer<T>::kPickers) ++job.team_shift;
+  job.teams = std::min(Layer<T>::kPickers >> job.team_shift, Layer<T>::kPickBytes / (8 * route::team_words(problem)));
   job.shared_expert = call.shared;
   job.queue = {queue_shape(problem, multiprocessors), call.work.queue};
   job.wait_cycles = call.wait_cycles;
@@ -64,7 +66,9 @@ template <int kTile = kWholeTile>
 Status launch_shape(int tile, const Whole& call, i32 multiprocessors, void* stream) {
   if constexpr (kTile < kAllTileShapes) {
     if (tile != kTile) return launch_shape<kTile + 1>(tile, call, multiprocessors, stream);
-    return launch_layer<kTile>(call, multiprocessors, stream);
+    const bool powers = call.slots.problem.encoding == format::Encoding::mxfp4;
+    return powers ? launch_layer<Tiles<kTile, true>>(call, multiprocessors, stream)
+                  : launch_layer<Tiles<kTile>>(call, multiprocessors, stream);
   } else {
     return refuse(Reason::internal, "no tile " + std::to_string(tile));
   }

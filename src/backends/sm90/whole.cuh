@@ -41,10 +41,13 @@ struct Found {
   bool late;                  // a wait was given up: what follows is not a number
   bool last[kMostRowTiles];   // this block's report was the last of the row tile's columns
   u32 experts[kExpertWords];  // bit e: local expert e is hit
-  Hit list[kMostHits];        // the shared expert, then the experts hit, ascending
+  Hit list[kMostHits];        // the shared expert, then the experts hit: ascending, or in the only token's order
   i32 row[kFewTokens * 32];   // of each pick: its local expert, then, with the list, its row of z; negative for none
   f32 weight[kFewTokens * 32];
-  f64 score[kFewTokens * 32];  // what weights are made of, once the list is on its way
+  // What weights are made of, once the list is on its way.
+  i32 id[kFewTokens * 32];
+  f64 score[kFewTokens * 32];
+  route::Scale scale[kFewTokens];
 };
 
 // The epilogue's warpgroup: the sums of row tile r of a tile's block; of groups that split K, in order of the groups.
@@ -60,13 +63,18 @@ __device__ __forceinline__ void take_over(const Shared<T>& shared, int turn, int
   d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
 }
 
+FOURMOE_HD constexpr int bytes_of_table(int experts) {
+  return (experts * 8 + 15) / 16 * 16;
+}  // as the copy engine counts
+
 template <class T>
 struct Layer {
   static_assert(T::kRowTiles <= kMostRowTiles);
-  // find_hits(): the table, and four teams of as many experts and groups as there can be.
-  static_assert(T::kStages * sizeof(typename T::Stage) >=
-                16 * (gpu::kMaxExperts + 1) + 4 * 8 * (3 * gpu::kMaxExperts + 8));
+  // find_hits(): the table, and a team of as many experts and groups as there can be.
+  static constexpr int kPickBytes = T::kStages * sizeof(typename T::Stage) - 2 * bytes_of_table(gpu::kMaxExperts + 1);
+  static_assert(kPickBytes >= 8 * (3 * gpu::kMaxExperts + route::kMaxWarps / 2));
   using Memory = Found;
+  static constexpr int kPickers = 4 * T::kGroups;  // warps
   using S = Block<T, Found>;
   using Queue = gpu::Queue<gpu::isa::Atomic>;
   CUtensorMap maps[2];  // the tokens; y
@@ -74,7 +82,8 @@ struct Layer {
   Activate<1> activate;
   Project project;
   route::DeviceSlots slots;
-  i32 team_warps;  // that pick for a token
+  i32 team_shift;  // 2^team_shift warps pick for a token
+  i32 teams;       // at once
   bool screened;   // see route::Team
   bool shared_expert;
   Queue queue;
@@ -139,10 +148,11 @@ struct Layer {
     __syncwarp();
   }
 
-  // The epilogue's warpgroup: the picks, then every tile's sums, and of the columns that this block was the last to
-  // bring, the output.
+  __device__ void begin(S& shared) const { find_hits(shared); }
+
+  // The epilogue's warpgroup: every tile's sums, and of the columns that this block was the last to bring, the output.
   __device__ void finish(S& shared) const {
-    find_hits(shared);
+    finish_list(shared);
     gpu::Reader<T::kFeed> reader(shared.feed);
     int turn = 0;
     for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next(), ++turn) {
@@ -156,7 +166,7 @@ struct Layer {
  private:
   // Memory of the ring, before weights come: [2, table_bytes()] blobs of each GEMM, then the teams'.
   __device__ std::byte* table_of(S& shared) const { return reinterpret_cast<std::byte*>(shared.stages); }
-  __device__ int table_bytes() const { return (gemms[0].experts * 8 + 15) / 16 * 16; }  // as the copy engine counts
+  __device__ int table_bytes() const { return bytes_of_table(gemms[0].experts); }
 
   // The table's arrays begin at cache lines and are followed by others, so the last copy may end in what is not its.
   __device__ void fetch_table(S& shared) const {
@@ -179,28 +189,42 @@ struct Layer {
     return gpu::isa::uniform(first);
   }
 
-  // The warpgroup: picks of every token, and of them the list of hits. Every block finds the same, so none waits for
-  // another.
+  // The consumers: picks of every token, and of them the list of hits. Every block finds the same, so none waits for
+  // another. No loop in here is one that a part of a warp runs alone: ptxas 13.0 then takes warps for divided ever
+  // after, and keeps what the multiplying loop counts in registers of each lane, which costs it half again as many
+  // instructions.
   __device__ __forceinline__ void find_hits(S& shared) const {
-    Found& found = shared.job;
-    const int warp = gpu::isa::uniform(threadIdx.x % 128 / 32), teams = 4 / team_warps;
-    gpu::isa::wait_for_earlier();
+    const int warp = gpu::isa::uniform(threadIdx.x / 32), warps = 1 << team_shift, index = warp >> team_shift;
+    const auto sync = [] { gpu::isa::sync_some(2, 32 * kPickers); };
     for (int first = 0; first < slots.tokens; first += teams) {
-      const int index = warp / team_warps, token = first + index;
-      route::Team team{token < slots.tokens ? token : -1, warp % team_warps, team_warps, screened, threadIdx.x % 32};
-      route::place_team(slots.problem, reinterpret_cast<u64*>(table_of(shared) + 2 * table_bytes()), index, &team);
-      const route::Choice choice = route::choose(slots, team, [] { gpu::isa::sync_some(1, 128); });
-      if (route::has_pick(slots, team)) note(found, team, choice);
-      if (team_warps > 1) gpu::isa::sync_some(1, 128);  // a team's memory is the next one's
+      const bool real = index < min(teams, slots.tokens - first);
+      route::Team team{real ? first + index : -1, warp & (warps - 1), warps, screened, threadIdx.x % 32};
+      u64* memory = reinterpret_cast<u64*>(table_of(shared) + 2 * table_bytes());
+      if (real) route::place_team(slots.problem, memory, index, &team);
+      const route::Choice choice = route::choose(slots, team, sync, [] { gpu::isa::wait_for_earlier(); });
+      if (route::has_pick(slots, team)) note(shared.job, team, choice);
+      if (alone()) {
+        if (warp == 0) list_token(shared);
+        return;
+      }
+      sync();  // a team's memory is the next one's
     }
-    gpu::isa::sync_some(1, 128);
-    gpu::wait(&found.table, 0);
-    for (int token = warp; token < slots.tokens; token += 4) list_hits(shared, token);
-    gpu::isa::fence_async_proxy();
-    gpu::isa::sync_some(1, 128);
-    if (threadIdx.x % 128 == 0) gpu::isa::barrier_arrive(&found.ready);
+    gpu::wait(&shared.job.table, 0);
+    for (int token = warp; token < slots.tokens; token += kPickers) list_hits(shared, token);
+    if (index < teams) gpu::isa::fence_async_proxy();  // whose memory the ring's copies take over
+    sync();
+    if (threadIdx.x == 0) gpu::isa::barrier_arrive(&shared.job.ready);
+  }
+
+  // One warp finds all.
+  __device__ bool alone() const { return slots.tokens == 1 && team_shift == 0; }
+
+  // The epilogue's warpgroup: what only its own work needs of the list.
+  __device__ void finish_list(S& shared) const {
+    Found& found = shared.job;
+    gpu::wait(&found.ready, 0);
     for (int hit = threadIdx.x % 128; hit < found.hits; hit += 128) prefetch_globals(found.list[hit].expert);
-    for (int token = warp; token < slots.tokens; token += 4) weigh_token(found, token);
+    for (int token = threadIdx.x % 128 / 32; token < slots.tokens; token += 4) weigh_token(found, token);
     if (blockIdx.x == 0 && found.refused && threadIdx.x % 128 == 0) route::settle_fault(slots);
     gpu::isa::sync_some(1, 128);
   }
@@ -209,8 +233,10 @@ struct Layer {
     const i64 index = route::pick_index(slots, team);
     const i32 expert = route::local_of(slots, choice.id);
     found.row[index] = choice.id == route::kRefused ? route::kRefused : expert;
+    found.id[index] = choice.id;
     found.score[index] = choice.score;
-    if (expert >= 0) atomicOr(&found.experts[expert / 32], 1u << expert % 32);
+    if (team.lane == 0) found.scale[team.token] = choice.scale;
+    if (expert >= 0 && !alone()) atomicOr(&found.experts[expert / 32], 1u << expert % 32);
     if (choice.id == route::kRefused) found.refused = true;
     if (blockIdx.x == 0) slots.out.ids[index] = choice.id;
   }
@@ -225,7 +251,8 @@ struct Layer {
   __device__ void weigh_token(Found& found, int token) const {
     const int lane = threadIdx.x % 32, index = token * slots.problem.top_k + lane;
     const bool has = lane < slots.problem.top_k;
-    const f32 weight = route::weigh_choice(slots, {0, has ? found.score[index] : 0.0}).weight;
+    const route::Choice choice = {has ? found.id[index] : -1, has ? found.score[index] : 0.0, found.scale[token]};
+    const f32 weight = route::weigh_choice(slots, token, choice).weight;
     if (!has) return;
     found.weight[index] = weight;
     if (blockIdx.x == 0) slots.out.weights[index] = weight;
@@ -252,6 +279,25 @@ struct Layer {
     if (token > 0) return;
     if (shared_expert && lane == 0) add_hit(shared, 0, slots.problem.local_experts, (1u << slots.tokens) - 1u);
     if (lane == 31) found.hits = first + end;
+  }
+
+  // The warp that picked for the only token: its hits in the order of its picks. Ends with the list announced.
+  __device__ void list_token(S& shared) const {
+    Found& found = shared.job;
+    const int lane = threadIdx.x % 32, first = shared_expert ? 1 : 0;
+    const int expert = lane < slots.problem.top_k ? found.row[lane] : -1;
+    const u32 same = __match_any_sync(~0u, expert);  // a caller's ids may be
+    const int leader = __ffs(static_cast<int>(same)) - 1;
+    const u32 leaders = __ballot_sync(~0u, expert >= 0 && lane == leader);
+    const int hit = first + __popc(leaders & ((1u << leader) - 1u));
+    gpu::wait(&found.table, 0);
+    if (expert >= 0 && lane == leader) add_hit(shared, hit, expert, 1u);
+    if (expert >= 0) found.row[lane] = hit * kFewTokens;
+    if (shared_expert && lane == 0) add_hit(shared, 0, slots.problem.local_experts, 1u);
+    if (lane == 0) found.hits = first + __popc(leaders);
+    gpu::isa::fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) gpu::isa::barrier_arrive(&found.ready);
   }
 
   __device__ void add_hit(S& shared, int hit, int expert, u32 tokens) const {

@@ -17,6 +17,12 @@ __device__ __forceinline__ void release_later() { asm volatile("griddepcontrol.l
 // and keeps what it leads to in registers of each lane.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
+// A pointer that is computed here, and not where it is first used.
+__device__ __forceinline__ const void* here(const void* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 // Meets `threads` threads (whole warps) of the block at barrier `id` (1..15; 0 is __syncthreads).
 __device__ __forceinline__ void sync_some(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
