@@ -256,6 +256,61 @@ TEST(OneLaunch, WorkspacesComeInAnyNumber) {
   }
 }
 
+// What is not a number stays so, and in its own token.
+TEST(OneLaunch, NotANumberComesThrough) {
+  FOURMOE_NEEDS_HOPPER();
+  Spec s;
+  s.problem = cases::problem(256, 96, 16, 4);
+  s.tokens = 6;
+  Layer layer(cases::random_layer(s.problem, 1, false), options());
+  cases::Call call(s);
+  u16* hidden = reinterpret_cast<u16*>(call.hidden.data());
+  const u16 values[] = {0x7fc0, 0xffff, 0x7f80, 0xff80};  // two NaN, two infinities
+  for (i32 t = 1; t < 5; ++t) hidden[t * s.problem.hidden + 7 * t] = values[t - 1];
+  const Result split = run(&layer, kSplit, call, nullptr);
+  EXPECT_TRUE(split.status.ok()) << split.status.detail;
+  EXPECT_EQ(run(&layer, kWhole, call, nullptr), split);
+  const f32* output = reinterpret_cast<const f32*>(split.output.data());
+  for (i32 t = 0; t < 6; ++t) EXPECT_EQ(std::isfinite(output[t * s.problem.hidden]), t == 0 || t == 5) << t;
+}
+
+// As gpt-oss stores its experts.
+TEST(OneLaunch, OfMxfp4GivesTheBitsOfTheSplitSteps) {
+  FOURMOE_NEEDS_HOPPER();
+  Spec s;
+  s.problem = cases::problem(192, 96, 32, 4);
+  s.problem.encoding = format::Encoding::mxfp4;
+  s.problem.activation.kind = ActivationKind::swiglu_clamped;
+  s.problem.activation.alpha = 1.702f;
+  s.problem.activation.limit = 7.0f;
+  Layer layer(cases::random_layer(s.problem, 3, true), options());
+  for (s.tokens = 1; s.tokens <= 8; ++s.tokens) {
+    const cases::Call call(s);
+    std::vector<f32> logits = random_logits(layer.problem(), s.tokens, s.tokens);
+    const Result split = run(&layer, kSplit, call, &logits);
+    EXPECT_TRUE(split.status.ok()) << split.status.detail;
+    EXPECT_EQ(run(&layer, kWhole, call, &logits), split) << s.tokens << " tokens";
+  }
+}
+
+// A caller's ids may name an expert more than once, and more often than the layer has experts.
+TEST(OneLaunch, SameExpertTwice) {
+  FOURMOE_NEEDS_HOPPER();
+  for (const i32 local : {16, 1}) {
+    Spec s;
+    s.problem = cases::problem(192, 96, 16, 4);
+    s.problem.local_experts = local;
+    s.routes = cases::Routes::one_expert;
+    Layer layer(cases::random_layer(s.problem, 1, false), options());
+    for (s.tokens = 1; s.tokens <= 3; ++s.tokens) {
+      const cases::Call call(s);
+      const Result split = run(&layer, kSplit, call, nullptr);
+      EXPECT_TRUE(split.status.ok()) << split.status.detail;
+      EXPECT_EQ(run(&layer, kWhole, call, nullptr), split) << s.tokens << " tokens, " << local << " experts";
+    }
+  }
+}
+
 // A call of launch() itself, over memory of the test's.
 class GivenUp : public ::testing::Test {
  protected:

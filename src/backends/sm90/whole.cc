@@ -17,9 +17,9 @@ Verdict can_whole(const Problem& problem, const Machine& machine) {
     return reject(Reason::shape_unsupported,
                   fmt::format("max_tokens is {}; up to {} would pass", problem.max_tokens, kFewTokens));
   }
-  if (problem.encoding != format::Encoding::nvfp4) {
+  if (!format::is_fp4(problem.encoding)) {
     return reject(Reason::encoding_unsupported,
-                  fmt::format("weights are {}; nvfp4 would pass", format::encoding_name(problem.encoding)));
+                  fmt::format("weights are {}; nvfp4 or mxfp4 would pass", format::encoding_name(problem.encoding)));
   }
   if (problem.activations != format::Dtype::bf16) {
     return reject(Reason::dtype_unsupported,
