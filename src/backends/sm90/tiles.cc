@@ -100,9 +100,9 @@ f64 expected_hits(i32 experts, i64 slots) { return experts * (1.0 - std::exp(-st
 
 }  // namespace
 
-// Fitted to the shipped table of measured choices (tune/shipped.json), whose six layers do not need it: gemm1 of up to
-// about four slots an expert wants the finest tiles; then 256 rows until 512 keep the card busy; wider tiles follow the
-// slots that an expert has.
+// Fitted to the shipped table of measured choices (tune/shipped.json), whose seven layers do not need it: gemm1 of up
+// to about four slots an expert wants the finest tiles; then 256 rows until 512 keep the card busy; wider tiles follow
+// the slots that an expert has.
 int choose(const Load& load, i32 multiprocessors) {
   const f64 hits = expected_hits(load.experts, load.slots);
   const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
@@ -117,13 +117,12 @@ int choose(const Load& load, i32 multiprocessors) {
 }
 
 // Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave. A block that gets three tiles
-// must not take three ahead; a short K leaves a split few steps for each warpgroup. Fitted likewise.
+// must not take three ahead. Fitted likewise.
 int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   const f64 hits = expected_hits(load.experts, load.slots) / multiprocessors;
   const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]);
   const f64 blocks = hits * load.row_tiles[1] / 4;  // of 256 rows
-  const f64 most_split = load.steps <= 16 ? 3.0 : 6.2;
-  if (load.split && blocks < most_split) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
+  if (load.split && blocks < 6.2) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
   return blocks < 3.6 ? kWholeTile + 1 : kWholeTile + 2;
 }
 

@@ -91,7 +91,6 @@ Status run(const Bound& bound) {
 LayerLoad load_of(const Problem& problem, i64 tokens) {
   const i32 rows1 = problem.activation.gated() ? 2 * problem.inter : problem.inter;
   return {{row_tiles(rows1), row_tiles(problem.hidden)},
-          k_steps(problem.inter),
           problem.local_experts,
           tokens * problem.top_k,
           !problem.batch_invariant};
