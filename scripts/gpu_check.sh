@@ -54,6 +54,7 @@ run_checks() {
   local tool name lines
   for tool in memcheck synccheck initcheck racecheck; do check_with "$tool" & checks[$tool]=$!; done
   if has_package; then check_package > "$logs/package" 2>&1 & checks[package]=$!; fi
+  python3 tests/sass_loops.py "$build/fourmoe" > "$logs/loops" 2>&1 & checks[loops]=$!
   for name in "${!checks[@]}"; do
     lines=1
     wait "${checks[$name]}" || { failed+=("$name") && lines=60; }

@@ -26,7 +26,7 @@ struct Activate {
   template <int kSlots, class Place>
   __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
     const int features = activation.gated() ? 8 : 16;  // of a warp's sixteen rows
-    const int feature = (place.row_tile * 4 + threadIdx.x % 128 / 32) * features;
+    const int feature = (place.row_tile * 4 + gpu::isa::uniform(threadIdx.x % 128 / 32)) * features;
     if (feature >= inter) return;
     if (activation.gated()) gated<kSlots>(place, feature, d);
     else ungated<kSlots>(place, feature, d);

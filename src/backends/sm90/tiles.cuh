@@ -283,7 +283,7 @@ __device__ __forceinline__ void hand_over(Shared<T>& shared, int turn, int steps
 // A warpgroup: its row tiles' sums to the job.
 template <class T, int kWidth, class Job, int kCount>
 __device__ __forceinline__ void store(const Job& job, const gpu::Tile& tile, f32 (&d)[T::kRows][kCount]) {
-  int row_tile = tile.row_block * T::kRowTiles + (T::kSplit ? 0 : threadIdx.x / 128 * T::kRows);
+  int row_tile = tile.row_block * T::kRowTiles + (T::kSplit ? 0 : gpu::isa::uniform(threadIdx.x / 128) * T::kRows);
 #pragma unroll
   for (int r = 0; r < T::kRows; ++r, ++row_tile) {
     if (row_tile < job.operands(kWidth).row_tiles) job.template store<kWidth>(tile, row_tile, d[r]);
