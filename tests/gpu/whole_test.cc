@@ -143,12 +143,14 @@ TEST_P(EveryForm, GivesTheBitsOfTheSplitSteps) {
 TEST_P(EveryForm, RefusesTheSameTokens) {
   FOURMOE_NEEDS_HOPPER();
   Layer layer(weights(), options());
-  const cases::Call call(spec(layer, 5));
-  std::vector<f32> logits = random_logits(layer.problem(), 5, 7);
-  logits[3 * layer.problem().experts] = NAN;
-  const Result split = run(&layer, kSplit, call, &logits);
-  EXPECT_EQ(split.status.reason, Reason::value_not_finite);
-  EXPECT_EQ(run(&layer, kWhole, call, &logits), split);
+  for (const i32 tokens : {5, 1}) {
+    const cases::Call call(spec(layer, tokens));
+    std::vector<f32> logits = random_logits(layer.problem(), tokens, 7);
+    logits[i64{tokens / 2} * layer.problem().experts] = NAN;
+    const Result split = run(&layer, kSplit, call, &logits);
+    EXPECT_EQ(split.status.reason, Reason::value_not_finite);
+    EXPECT_EQ(run(&layer, kWhole, call, &logits), split) << tokens << " tokens";
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Device, EveryForm, ::testing::ValuesIn(forms()),

@@ -84,7 +84,7 @@ struct Layer {
   route::DeviceSlots slots;
   i32 team_shift;  // 2^team_shift warps pick for a token
   i32 teams;       // at once
-  bool screened;   // see route::Team
+  bool screened;   // see route::Team; true where picks are given, too: one warp copies them
   bool shared_expert;
   Queue queue;
   i64 wait_cycles;
