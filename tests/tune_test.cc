@@ -234,8 +234,11 @@ TEST(Shipped, IsFollowed) {
   ASSERT_FALSE(book.empty());
   EXPECT_EQ(book, shipped());
   EXPECT_EQ(to_text(book), text) << "fourmoe tune --output src/tune/shipped.json writes it";
+  Problem gpt_oss = cases::problem(2880, 2880, 128, 4);
+  gpt_oss.encoding = format::Encoding::mxfp4;
+  gpt_oss.activation.kind = ActivationKind::swiglu_clamped;
   for (const Problem& p : {cases::problem(7168, 2048, 256, 8), cases::problem(4096, 1536, 128, 8),
-                           cases::problem(4096, 2048, 256, 6), cases::problem(2048, 768, 128, 8)}) {
+                           cases::problem(4096, 2048, 256, 6), cases::problem(2048, 768, 128, 8), gpt_oss}) {
     const Key key = key_of(p, h200);
     const auto stale = [&](const auto& entry) { return entry.first.version != key.version; };
     if (std::all_of(book.begin(), book.end(), stale)) GTEST_SKIP() << "measured with other steps than " << key.version;
