@@ -75,6 +75,14 @@ Result run(Layer* layer, const plan::Choice& choice, const cases::Call& call, st
   return result;
 }
 
+// The same bits, which are returned.
+Result expect_same(Layer* layer, const cases::Call& call, std::vector<f32>* logits) {
+  Result split = run(layer, kSplit, call, logits);
+  EXPECT_TRUE(split.status.ok()) << split.status.detail;
+  EXPECT_EQ(run(layer, kWhole, call, logits), split);
+  return split;
+}
+
 struct Form {
   const char* name;
   i32 experts;
@@ -132,10 +140,8 @@ TEST_P(EveryForm, GivesTheBitsOfTheSplitSteps) {
     const cases::Call call(spec(layer, tokens));
     for (int turn = 0; turn < 4; ++turn) {
       std::vector<f32> logits = random_logits(layer.problem(), tokens, 100 * tokens + turn);
-      std::vector<f32>* given = turn == 0 ? nullptr : &logits;
-      const Result split = run(&layer, kSplit, call, given);
-      EXPECT_TRUE(split.status.ok()) << split.status.detail;
-      EXPECT_EQ(run(&layer, kWhole, call, given), split) << tokens << " tokens, turn " << turn;
+      SCOPED_TRACE(std::to_string(tokens) + " tokens, turn " + std::to_string(turn));
+      expect_same(&layer, call, turn == 0 ? nullptr : &logits);
     }
   }
 }
@@ -269,9 +275,7 @@ TEST(OneLaunch, NotANumberComesThrough) {
   u16* hidden = reinterpret_cast<u16*>(call.hidden.data());
   const u16 values[] = {0x7fc0, 0xffff, 0x7f80, 0xff80};  // two NaN, two infinities
   for (i32 t = 1; t < 5; ++t) hidden[t * s.problem.hidden + 7 * t] = values[t - 1];
-  const Result split = run(&layer, kSplit, call, nullptr);
-  EXPECT_TRUE(split.status.ok()) << split.status.detail;
-  EXPECT_EQ(run(&layer, kWhole, call, nullptr), split);
+  const Result split = expect_same(&layer, call, nullptr);
   const f32* output = reinterpret_cast<const f32*>(split.output.data());
   for (i32 t = 0; t < 6; ++t) EXPECT_EQ(std::isfinite(output[t * s.problem.hidden]), t == 0 || t == 5) << t;
 }
@@ -289,9 +293,8 @@ TEST(OneLaunch, OfMxfp4GivesTheBitsOfTheSplitSteps) {
   for (s.tokens = 1; s.tokens <= 8; ++s.tokens) {
     const cases::Call call(s);
     std::vector<f32> logits = random_logits(layer.problem(), s.tokens, s.tokens);
-    const Result split = run(&layer, kSplit, call, &logits);
-    EXPECT_TRUE(split.status.ok()) << split.status.detail;
-    EXPECT_EQ(run(&layer, kWhole, call, &logits), split) << s.tokens << " tokens";
+    SCOPED_TRACE(s.tokens);
+    expect_same(&layer, call, &logits);
   }
 }
 
@@ -305,10 +308,8 @@ TEST(OneLaunch, SameExpertTwice) {
     s.routes = cases::Routes::one_expert;
     Layer layer(cases::random_layer(s.problem, 1, false), options());
     for (s.tokens = 1; s.tokens <= 3; ++s.tokens) {
-      const cases::Call call(s);
-      const Result split = run(&layer, kSplit, call, nullptr);
-      EXPECT_TRUE(split.status.ok()) << split.status.detail;
-      EXPECT_EQ(run(&layer, kWhole, call, nullptr), split) << s.tokens << " tokens, " << local << " experts";
+      SCOPED_TRACE(std::to_string(s.tokens) + " tokens, " + std::to_string(local) + " experts");
+      expect_same(&layer, cases::Call(s), nullptr);
     }
   }
 }
