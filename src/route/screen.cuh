@@ -221,8 +221,8 @@ struct Sorted {
   }
 };
 
-// Writes the top_k largest in their order; false, and nothing that counts, if f32 leaves it open. Of the lanes' largest
-// the first lane's is found by its order without the last five bits, which name the lane.
+// Writes the top_k largest in their order; false, and nothing that counts, if f32 leaves it open. Which lane has the
+// largest is found by orders without their last five bits, which name lanes instead, so it is asked to have it in full.
 template <i32 kOwn>
 __device__ __forceinline__ bool take_nearly(const Owned<kOwn>& own, i32 top_k, f32 lowest, u32 lane, i32* to) {
   const f32 gap = own.exact ? own.error : 4.0f * own.error;

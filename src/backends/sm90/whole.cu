@@ -42,7 +42,7 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   job.project = {table.gemm2_globals, table.down_bias, call.work.z, problem.hidden};
   job.slots = call.slots;
   job.screened = call.slots.in.logits.data == nullptr || route::can_screen(call.slots);
-  while (!job.screened && 2 * call.slots.tokens << job.team_shift <= Layer<T>::kPickers) ++job.team_shift;
+  while (!job.screened && ((2 * call.slots.tokens) << job.team_shift) <= Layer<T>::kPickers) ++job.team_shift;
   job.teams = std::min(Layer<T>::kPickers >> job.team_shift, Layer<T>::kPickBytes / (8 * route::team_words(problem)));
   job.shared_expert = call.shared;
   job.queue = {queue_shape(problem, multiprocessors), call.work.queue};

@@ -63,9 +63,8 @@ __device__ __forceinline__ void take_over(const Shared<T>& shared, int turn, int
   d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
 }
 
-FOURMOE_HD constexpr int bytes_of_table(int experts) {
-  return (experts * 8 + 15) / 16 * 16;
-}  // as the copy engine counts
+// Of pointers, as the copy engine counts: in 16s.
+FOURMOE_HD constexpr int bytes_of_table(int experts) { return (experts * 8 + 15) / 16 * 16; }
 
 template <class T>
 struct Layer {
@@ -190,9 +189,8 @@ struct Layer {
   }
 
   // The consumers: picks of every token, and of them the list of hits. Every block finds the same, so none waits for
-  // another. No loop in here is one that a part of a warp runs alone: ptxas 13.0 then takes warps for divided ever
-  // after, and keeps what the multiplying loop counts in registers of each lane, which costs it half again as many
-  // instructions.
+  // another. Look at the multiplying loop after a change here (tests/sass_loops.py): a barrier awaited by one lane
+  // alone, or a branch by threadIdx around it all, makes it half again as long (docs/hopper.md).
   __device__ __forceinline__ void find_hits(S& shared) const {
     const int warp = gpu::isa::uniform(threadIdx.x / 32), warps = 1 << team_shift, index = warp >> team_shift;
     const auto sync = [] { gpu::isa::sync_some(2, 32 * kPickers); };
