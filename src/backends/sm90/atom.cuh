@@ -19,10 +19,10 @@ __device__ __forceinline__ u32 multiply_half(u32 a, u32 s) {
 }
 
 // Two K steps of one thread: words w0, w1 and the word of their four scales -> operands a[0] and a[1].
-template <bool kPowers>
-__device__ __forceinline__ void unpack(u32 w0, u32 w1, u32 scales, u32 (&a)[2][4]) {
+template <bool kPowers, class Shift = Shifts>
+__device__ __forceinline__ void unpack(u32 w0, u32 w1, u32 scales, u32 (&a)[2][4], const Shift& shift = {}) {
   u32 codes[8];
-  split_codes(w0, w1, codes);
+  split_codes(w0, w1, codes, shift);
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     const u32 pair = kPowers ? power_pair(scales, step) : scale_pair(scales, step);

@@ -48,16 +48,35 @@ FOURMOE_HD u32 select(u32 a, u32 b, u32 mask) {
 #endif
 }
 
+// Left shifts of codes: as such, or as products with factors that nvcc does not know, such as a kernel's parameters.
+// Logic and shifts have one pipe, which a loop of both keeps busy; products have another.
+struct Shifts {
+  template <int kBits>
+  FOURMOE_HD u32 left(u32 word) const {
+    return word << kBits;
+  }
+};
+
+struct Products {
+  u32 factors[4] = {1, 4, 16, 64};
+
+  template <int kBits>
+  FOURMOE_HD u32 left(u32 word) const {
+    return word * factors[kBits / 2];
+  }
+};
+
 // Words of two K steps -> 8 registers of codes in place: a[0..3] of the first step, a[4..7] of the second.
-FOURMOE_HD void split_codes(u32 w0, u32 w1, u32* a) {
+template <class Shift = Shifts>
+FOURMOE_HD void split_codes(u32 w0, u32 w1, u32* a, const Shift& shift = {}) {
   a[0] = w0 & kCodeMask;
-  a[1] = w0 << 4 & kCodeMask;
+  a[1] = shift.template left<4>(w0) & kCodeMask;
   a[2] = rotate_left(w0, 10) & kCodeMask;
   a[4] = w1 & kCodeMask;
-  a[5] = w1 << 4 & kCodeMask;
+  a[5] = shift.template left<4>(w1) & kCodeMask;
   a[6] = rotate_left(w1, 10) & kCodeMask;
-  const u32 spare = select(w0, w1 << 2, kSpareMask);
-  a[3] = spare << 6 & kCodeMask;
+  const u32 spare = select(w0, shift.template left<2>(w1), kSpareMask);
+  a[3] = shift.template left<6>(spare) & kCodeMask;
   a[7] = rotate_left(spare, 12) & kCodeMask;
 }
 
