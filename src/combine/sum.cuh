@@ -23,17 +23,31 @@ __device__ __forceinline__ Pick pick_of_lane(const DeviceSum& sum, i64 token) {
   return {sum.pick_slot[pick], sum.weight_on_input ? 1.0f : sum.weights[pick]};
 }
 
+// How rows are read: as they lie.
+struct Stored {
+  template <int kRows, int kCount>
+  __device__ __forceinline__ void read(const gpu::Columns<kCount>* column, i64 stride, const i32 (&slot)[kRows],
+                                       gpu::Columns<kCount> (&z)[kRows]) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (slot[i] >= 0) z[i] = column[slot[i] * stride];
+    }
+  }
+  template <int kCount>
+  __device__ __forceinline__ gpu::Columns<kCount> addend(const gpu::Columns<kCount>* at) const {
+    return *at;
+  }
+};
+
 // Adds picks p .. p + kRows - 1 in order; each product and each sum rounded, as the host does.
-template <int kRows, int kCount>
+template <int kRows, int kCount, class Rows>
 __device__ __forceinline__ void add_picks(const gpu::Columns<kCount>* column, i64 stride, const Pick& lane_pick, i32 p,
-                                          gpu::Columns<kCount>* acc) {
+                                          const Rows& rows, gpu::Columns<kCount>* acc) {
   i32 slot[kRows];
   gpu::Columns<kCount> z[kRows];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    slot[i] = __shfl_sync(kAll, lane_pick.slot, p + i);
-    if (slot[i] >= 0) z[i] = column[slot[i] * stride];
-  }
+  for (int i = 0; i < kRows; ++i) slot[i] = __shfl_sync(kAll, lane_pick.slot, p + i);
+  rows.read(column, stride, slot, z);
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const f32 weight = __shfl_sync(kAll, lane_pick.weight, p + i);
@@ -45,20 +59,21 @@ __device__ __forceinline__ void add_picks(const gpu::Columns<kCount>* column, i6
 
 // kCount columns of a token from kCount * index on. All lanes of a warp call it with the same token; kRows, the picks
 // whose rows are in flight at once, divides 32.
-template <int kRows, int kCount>
-__device__ __forceinline__ gpu::Columns<kCount> sum_columns(const DeviceSum& sum, i64 token, i32 index) {
+template <int kRows, int kCount, class Rows = Stored>
+__device__ __forceinline__ gpu::Columns<kCount> sum_columns(const DeviceSum& sum, i64 token, i32 index,
+                                                            const Rows& rows = {}) {
   using Columns = gpu::Columns<kCount>;
   const i64 stride = sum.hidden / kCount;
   const Pick pick = pick_of_lane(sum, token);
   const Columns* column = reinterpret_cast<const Columns*>(sum.rows) + index;
   Columns acc = {};
   if (sum.addend.addend != nullptr) {
-    acc = reinterpret_cast<const Columns*>(sum.addend.addend)[token * stride + index];
+    acc = rows.addend(reinterpret_cast<const Columns*>(sum.addend.addend) + token * stride + index);
     const f32 weight = sum.addend_weights == nullptr ? 1.0f : sum.addend_weights[token];
 #pragma unroll
     for (int c = 0; c < kCount; ++c) acc.at[c] = __fmul_rn(weight, acc.at[c]);
   }
-  for (i32 p = 0; p < sum.top_k; p += kRows) add_picks<kRows>(column, stride, pick, p, &acc);
+  for (i32 p = 0; p < sum.top_k; p += kRows) add_picks<kRows>(column, stride, pick, p, rows, &acc);
   if (__shfl_sync(kAll, pick.slot, 0) == route::kRefused) {
 #pragma unroll
     for (int c = 0; c < kCount; ++c) acc.at[c] = __uint_as_float(0x7fc00000u);

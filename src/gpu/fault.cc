@@ -6,6 +6,19 @@
 
 namespace fourmoe::gpu {
 
+namespace {
+
+std::string awaited(u64 key) {
+  switch (static_cast<Awaited>(fault_byte(key))) {
+    case Awaited::empty: return "memory to be emptied";
+    case Awaited::tokens: return fmt::format("gemm1 of local expert {}", fault_position(key));
+    case Awaited::sums: return fmt::format("gemm2 of token {}", fault_position(key));
+  }
+  return "something";
+}
+
+}  // namespace
+
 Status to_status(const Fault& fault) {
   const i32 token = fault_token(fault.first);
   switch (fault_kind(fault.first)) {
@@ -14,9 +27,7 @@ Status to_status(const Fault& fault) {
     case FaultKind::scale: return route::refuse_scale(token, fault_position(fault.first), fault_byte(fault.first));
     case FaultKind::wait:
       return refuse(Reason::device_failed,
-                    fmt::format("a tile of gemm2 gave up its wait for gemm1 of local expert {}, of which {} row tiles "
-                                "were there; the call's output is not valid",
-                                fault_position(fault.first), fault_byte(fault.first)));
+                    fmt::format("a wait for {} was given up; the call's output is not valid", awaited(fault.first)));
     case FaultKind::id: break;
   }
   if (fault.settled != fault.first) return refuse(Reason::internal, "a fault was read before its stream was done");

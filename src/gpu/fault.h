@@ -11,6 +11,9 @@ namespace fourmoe::gpu {
 
 enum class FaultKind : u8 { none, logits, id, scale, wait };
 
+// What a wait that was given up was for.
+enum class Awaited : u8 { empty, tokens, sums };
+
 // In device memory, or in host memory mapped into the device; caller's. Starts as Fault{}; kernels only ever lower
 // `first`, so a fault stays through any number of replays until the host writes Fault{} again.
 struct Fault {
@@ -21,8 +24,7 @@ struct Fault {
 };
 
 // Ordered by token, then by position: of an id in the token's picks, of a scale in its blocks (below 2^20), whose byte
-// the key holds. Of a wait that was given up, which is no token's: the expert, and how many of its row tiles were
-// there.
+// the key holds. Of a wait that was given up, which is no token's: what for (Awaited), and of which expert or token.
 FOURMOE_HD u64 fault_key(FaultKind kind, i32 token, i32 position, u8 byte = 0) {
   return static_cast<u64>(token) << 32 | static_cast<u64>(position) << 12 | static_cast<u64>(byte) << 4 |
          static_cast<u64>(kind);

@@ -1,8 +1,10 @@
 // queue: the tiles of one launch that runs both GEMMs of a layer: who takes which, what is done, who adds up.
 //
 // Tiles are taken one at a time, so a block that comes late, or when others have ended, holds none that somebody waits
-// for. Nobody clears the memory before a launch: it is zero when it is made, launches that follow one another share it,
-// and it has two sets of counters. A launch uses one and clears the other, which the launch before it used. The word of
+// for; so are the parts of the memory of numbers (sm90/numbers.cuh) that are emptied first, and the sums of the output
+// that are made last. What a block has taken early waits for blocks that run already, and for nobody who waits for it.
+// Nobody clears the counters before a launch: they are zero when they are made, launches that follow one another share
+// them, and there are two sets. A launch uses one and clears the other, which the launch before it used. The word of
 // arrivals says which: it counts the blocks that came, and the last of them, when all have read it, turns it over for
 // the next launch. A launch that gave up a wait (whole.cuh) has still counted everything, so nothing is left behind.
 //
@@ -16,18 +18,18 @@ namespace fourmoe::gpu {
 inline constexpr i64 kQueueCycles = 40'000'000'000;  // of a wait, about 20 s; a whole layer takes milliseconds
 
 struct QueueShape {
-  i32 blocks;   // of every launch
-  i32 hits;     // at most
-  i32 columns;  // tiles of output columns
+  i32 blocks;  // of every launch
+  i32 hits;    // at most
 
-  static constexpr i32 kLine = 32;  // words of a cache line
+  static constexpr i32 kLine = 32;         // words of a cache line
+  static constexpr i32 kHits = 4 * kLine;  // lines of their own for what all blocks change, then words of hits
 
-  FOURMOE_HD i32 set_words() const { return (kLine + hits + columns + kLine - 1) / kLine * kLine; }
+  FOURMOE_HD i32 set_words() const { return kHits + (hits + kLine - 1) / kLine * kLine; }
   FOURMOE_HD i32 words() const { return kLine + 2 * set_words(); }
 };
 
-// Atomic: add(i32*, i32) and add_ordered return what was there before; add_release, add_ordered and load_acquire order
-// what a block wrote before it reported and what others read after they heard.
+// Atomic: add(i32*, i32) returns what was there before; add_release and load_acquire order what a block wrote before it
+// reported and what others read after they heard.
 template <class Atomic>
 struct Queue {
   QueueShape shape;
@@ -46,19 +48,20 @@ struct Queue {
     for (i32 i = first; i < shape.set_words(); i += step) Atomic::store(&base(1 - set)[i], 0);
   }
 
-  // The number of a tile that nobody else gets.
+  // The number of a tile that nobody else gets; of a part to empty; of a sum to make.
   FOURMOE_HD i32 take(int set) const { return Atomic::add(&base(set)[0], 1); }
+  FOURMOE_HD i32 take_part(int set) const { return Atomic::add(&base(set)[QueueShape::kLine], 1); }
+  FOURMOE_HD i32 take_sum(int set) const { return Atomic::add(&base(set)[2 * QueueShape::kLine], 1); }
+
+  // A part is empty; and how many are.
+  FOURMOE_HD void report_part(int set) const { Atomic::add_release(&base(set)[3 * QueueShape::kLine], 1); }
+  FOURMOE_HD i32 parts(int set) const { return Atomic::load_acquire(&base(set)[3 * QueueShape::kLine]); }
 
   // `rows` row tiles of a hit's gemm1 are stored; and how many are.
   FOURMOE_HD void report_rows(int set, i32 hit, i32 rows) const {
-    Atomic::add_release(&base(set)[QueueShape::kLine + hit], rows);
+    Atomic::add_release(&base(set)[QueueShape::kHits + hit], rows);
   }
-  FOURMOE_HD i32 rows(int set, i32 hit) const { return Atomic::load_acquire(&base(set)[QueueShape::kLine + hit]); }
-
-  // A hit's part of a tile of columns is stored. True for the last hit of `hits`: all parts can be read.
-  FOURMOE_HD bool report_columns(int set, i32 columns, i32 hits) const {
-    return Atomic::add_ordered(&base(set)[QueueShape::kLine + shape.hits + columns], 1) == hits - 1;
-  }
+  FOURMOE_HD i32 rows(int set, i32 hit) const { return Atomic::load_acquire(&base(set)[QueueShape::kHits + hit]); }
 
  private:
   static constexpr i32 kTurned = 1 << 30;

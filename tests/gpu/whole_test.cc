@@ -317,43 +317,43 @@ TEST(OneLaunch, SameExpertTwice) {
 // A call of launch() itself, over memory of the test's.
 class GivenUp : public ::testing::Test {
  protected:
-  void make() {
+  void make(i32 tokens) {
     spec_.problem = cases::problem(256, 96, 16, 4);
-    spec_.problem.max_tokens = spec_.tokens = 3;
+    spec_.problem.max_tokens = spec_.tokens = tokens;
     weights_ = cases::random_layer(spec_.problem, 1, false);
     spec_.problem = weights_.problem;
-    spec_.problem.max_tokens = 3;
+    spec_.problem.max_tokens = tokens;
     packed_ =
         std::make_unique<weights::DevicePacked>(spec_.problem, weights_.experts, sm90::kPacking, 0, tbb_executor());
     call_ = std::make_unique<cases::Call>(spec_);
     const Problem& p = spec_.problem;
-    const i64 most = sm90::most_hits(p);
-    shape_ = sm90::queue_shape(p, machine().devices[0].sms);
-    queue_ = DeviceVector<i32>(std::vector<i32>(shape_.words(), 0));
-    y_ = DeviceVector<u16>(most * sm90::kFewTokens * p.inter);
-    z_ = DeviceVector<f32>(most * sm90::kFewTokens * p.hidden);
+    const i64 most = sm90::most_rows(p);
+    queue_ = DeviceVector<i32>(std::vector<i32>(sm90::queue_shape(p, machine().devices[0].sms).words(), 0));
+    y_ = DeviceVector<u16>(i64{sm90::most_hits(p)} * sm90::kFewTokens * p.inter);
+    z_ = DeviceVector<f32>(most * p.hidden);
     hidden_ = DeviceVector<u8>(call_->hidden);
     ids_ = DeviceVector<i32>(call_->ids);
     picks_ = DeviceVector<f32>(call_->weights);
-    ids_out_ = DeviceVector<i32>(i64{3} * p.top_k);
-    picks_out_ = DeviceVector<f32>(i64{3} * p.top_k);
-    output_ = DeviceVector<f32>(i64{3} * p.hidden);
+    ids_out_ = DeviceVector<i32>(i64{tokens} * p.top_k);
+    picks_out_ = DeviceVector<f32>(i64{tokens} * p.top_k);
+    output_ = DeviceVector<f32>(i64{tokens} * p.hidden);
     throw_unless_ok(gpu::Buffer::make(gpu::Kind::pinned, sizeof(gpu::Fault), "fault", &fault_));
     new (fault_.data()) gpu::Fault;
     whole_.slots.problem = p;
-    whole_.slots.tokens = 3;
-    whole_.slots.in.ids = {ids_.data(), Dtype::i32, 3, p.top_k, p.top_k};
-    whole_.slots.in.weights = {picks_.data(), Dtype::f32, 3, p.top_k, p.top_k};
+    whole_.slots.tokens = tokens;
+    whole_.slots.in.ids = {ids_.data(), Dtype::i32, tokens, p.top_k, p.top_k};
+    whole_.slots.in.weights = {picks_.data(), Dtype::f32, tokens, p.top_k, p.top_k};
     whole_.slots.out.ids = ids_out_.data();
     whole_.slots.out.weights = picks_out_.data();
     whole_.slots.fault = fault_.as<gpu::Fault>();
-    whole_.hidden = {hidden_.data(), Dtype::bf16, 3, p.hidden, p.hidden};
+    whole_.hidden = {hidden_.data(), Dtype::bf16, tokens, p.hidden, p.hidden};
     whole_.table = &packed_->table();
     whole_.work = {queue_.data(), nullptr, y_.data(), z_.data()};
-    whole_.sum.tokens = 3;
+    whole_.sum.tokens = tokens;
     whole_.sum.hidden = p.hidden;
     whole_.sum.top_k = p.top_k;
-    whole_.sum.out.output = {output_.data(), Dtype::f32, 3, p.hidden, p.hidden};
+    whole_.sum.out.output = {output_.data(), Dtype::f32, tokens, p.hidden, p.hidden};
+    whole_.tile = sm90::kWholeTile;
     whole_.wait_cycles = 2'000'000;
   }
 
@@ -368,7 +368,6 @@ class GivenUp : public ::testing::Test {
   checkpoint::Layer weights_;
   std::unique_ptr<weights::DevicePacked> packed_;
   std::unique_ptr<cases::Call> call_;
-  gpu::QueueShape shape_;
   DeviceVector<i32> queue_, ids_, ids_out_;
   DeviceVector<u16> y_;
   DeviceVector<f32> z_, picks_, picks_out_, output_;
@@ -377,25 +376,45 @@ class GivenUp : public ::testing::Test {
   sm90::Whole whole_;
 };
 
-TEST_F(GivenUp, IsAFaultOfThatCallAlone) {
+// A wait that never ends, forced by counters of the set that the next launch uses. There are three row tiles of gemm1
+// and four of gemm2 for each hit.
+struct Lost {
+  const char* awaited;
+  i32 tokens;
+  i32 first, count;  // words of the set
+  i32 value;
+};
+
+class EveryWait : public GivenUp, public ::testing::WithParamInterface<Lost> {};
+
+TEST_P(EveryWait, IsAFaultOfThatCallAlone) {
   FOURMOE_NEEDS_HOPPER();
-  make();
+  const Lost& lost = GetParam();
+  make(lost.tokens);
   const std::vector<f32> right = run(), again = run();
   EXPECT_EQ(right, again);
   EXPECT_TRUE(fault().ok()) << fault().detail;
-  // Rows that never come: the counters of the set that the next launch uses, which is the first again, begin too low.
   std::vector<i32> words = queue_.download();
-  for (i32 hit = 0; hit < shape_.hits; ++hit) words[2 * gpu::QueueShape::kLine + hit] = -1000;
+  for (i32 i = 0; i < lost.count; ++i) words[gpu::QueueShape::kLine + lost.first + i] = lost.value;
   queue_ = DeviceVector<i32>(words);
   whole_.work.queue = queue_.data();
-  const std::vector<f32> lost = run();
+  const std::vector<f32> wrong = run();
   EXPECT_EQ(fault().reason, Reason::device_failed);
-  EXPECT_NE(fault().detail.find("gave up its wait for gemm1 of local expert"), std::string::npos) << fault().detail;
-  for (const f32 value : lost) EXPECT_TRUE(std::isnan(value));
+  EXPECT_NE(fault().detail.find(lost.awaited), std::string::npos) << fault().detail;
+  for (const f32 value : wrong) EXPECT_TRUE(std::isnan(value));
   new (fault_.data()) gpu::Fault;
   for (int i = 0; i < 4; ++i) EXPECT_EQ(run(), right) << i;
   EXPECT_TRUE(fault().ok()) << fault().detail;
 }
+
+constexpr i32 kEmptied = 3 * gpu::QueueShape::kLine;
+INSTANTIATE_TEST_SUITE_P(Device, EveryWait,
+                         ::testing::Values(Lost{"a wait for memory to be emptied", 3, kEmptied, 1, -1000},
+                                           Lost{"a wait for memory to be emptied", 1, kEmptied, 1, -1000},
+                                           Lost{"gemm1 of local expert", 3, gpu::QueueShape::kHits, 12, -1000},
+                                           Lost{"gemm1 of local expert", 1, 0, 1, 4 * 3},  // whose tiles are all taken
+                                           Lost{"gemm2 of token", 3, 0, 1, 1 << 20},       // likewise
+                                           Lost{"gemm2 of token", 1, 0, 1, 1 << 20}));
 
 }  // namespace
 }  // namespace fourmoe

@@ -2,9 +2,11 @@
  * another without end and share the queue's memory, each with any number of hits. run.sh searches every interleaving.
  *
  * A launch has BLOCKS thread blocks, of which the machine holds PLACES at once: others come when one has ended. A block
- * is three processes, as its warps are: one takes tiles, one brings what a tile needs (and waits for gemm1), one stores,
- * reports and adds up. A wait that is not over may be given up at any time; -DPATIENT leaves that out, so that a wait
- * that cannot end is a deadlock. The next launch begins when all blocks have ended, as a stream orders them.
+ * is three processes, as its warps are: one empties memory and takes tiles, one brings what a tile needs (and waits for
+ * gemm1), one stores, reports and, when no tiles are left, adds up. z is numbers that are polled: what an earlier launch
+ * left looks like one until it is emptied. With -DSINGLE y is, too, and nothing is reported. A wait that is not over may
+ * be given up at any time; -DPATIENT leaves that out, so that a wait that cannot end is a deadlock. The next launch begins
+ * when all blocks have ended, as a stream orders them.
  *
  * What the model notes for itself (stored, done, added up) is put back at the end of a launch, so that the states are
  * finite though launches are not: what holds here holds for any number of them. Steps take effect in one order that all
@@ -30,6 +32,9 @@
 #ifndef COLUMNS /* row tiles of gemm2: tiles of output columns */
 #define COLUMNS 2
 #endif
+#ifndef PARTS /* of the memory of numbers */
+#define PARTS 2
+#endif
 #ifndef TALL /* row tiles of a tile; the last of a hit may have fewer */
 #define TALL 1
 #endif
@@ -44,18 +49,22 @@
 #define TILES2 ((COLUMNS + TALL - 1) / TALL)
 #define NO_TILE 255
 #define TURNED 64 /* the word of arrivals: above this bit, set 1 is in use */
-#define SET (1 + HITS + COLUMNS)
+#define SET (4 + HITS)
 
-/* The queue's memory: the word of arrivals, and two sets: tickets, rows of each hit, hits of each tile of columns. */
+/* The queue's memory: the word of arrivals, and two sets: tickets of tiles, parts and sums, parts that are empty, rows of
+ * each hit. */
 byte arrivals;
 byte words[2 * SET];
 #define tickets(s) words[(s) * SET]
-#define rows_word(s, hit) words[(s) * SET + 1 + (hit)]
-#define columns_word(s, c) words[(s) * SET + 1 + HITS + (c)]
+#define part_tickets(s) words[(s) * SET + 1]
+#define sum_tickets(s) words[(s) * SET + 2]
+#define parts_word(s) words[(s) * SET + 3]
+#define rows_word(s, hit) words[(s) * SET + 4 + (hit)]
 
 /* What blocks know. */
 byte hits;         /* of the launch */
 bit set[BLOCKS];   /* in use, as each was told */
+byte sum_of[BLOCKS]; /* the sum that each took first */
 bool late[BLOCKS]; /* it gave up a wait in this launch */
 bool fault;        /* the launch is marked: its output is not valid */
 
@@ -66,6 +75,8 @@ bit used; /* the set that the first block was told */
 bool executed[HITS * (TILES1 + TILES2)];
 byte y[HITS];        /* row tiles that are stored */
 byte z[COLUMNS];     /* hits whose part is stored */
+bool y_old[HITS];    /* of an earlier launch */
+bool z_old[COLUMNS];
 bool wrong[COLUMNS]; /* a part is of rows that were not there */
 bool nan[COLUMNS];   /* a part was stored as not a number */
 bool summed[COLUMNS];
@@ -112,9 +123,50 @@ inline take(s) {
 #endif
 }
 
+/* Until a condition holds, or the block waits no more. */
+#ifdef PATIENT
+#define await(condition) \
+  if \
+  :: d_step { condition } \
+  :: late[b] \
+  fi
+#else
+#ifdef MUTANT_UNMARKED
+#define mark() skip
+#else
+#define mark() fault = true
+#endif
+#define await(condition) \
+  if \
+  :: d_step { condition } \
+  :: late[b] \
+  :: d_step { !(condition) && !late[b] -> late[b] = true; mark() } \
+  fi
+#endif
+
+/* A part, in one step: who must not touch it meanwhile waits for the report. */
+inline empty_part() {
+  d_step {
+    i = part;
+    do
+    :: i < COLUMNS -> z[i] = 0; z_old[i] = false; i = i + PARTS
+    :: else -> break
+    od;
+#ifdef SINGLE
+    i = part;
+    do
+    :: i < HITS -> y[i] = 0; y_old[i] = false; i = i + PARTS
+    :: else -> break
+    od;
+#endif
+    i = 0
+  }
+}
+
 proctype schedule(byte b; chan feed) {
   bit width;
-  byte before, tile, hit, row, taken, i;
+  bool emptied;
+  byte before, tile, hit, row, taken, part, i;
   do
   :: d_step { !came[b] && running < PLACES -> came[b] = true; running++; taken = 0 }
 
@@ -150,6 +202,12 @@ proctype schedule(byte b; chan feed) {
      :: else
      fi;
      take(set[b])
+     d_step { /* two counters, which nothing else connects */
+       sum_of[b] = sum_tickets(set[b]);
+       sum_tickets(set[b])++;
+       part = part_tickets(set[b]);
+       part_tickets(set[b])++
+     }
 
      /* Queue::clear_other, the block's share: nobody else uses these words now, so one step stands for all. */
 #ifndef MUTANT_NO_CLEAR
@@ -167,8 +225,30 @@ proctype schedule(byte b; chan feed) {
      }
 #endif
      do
+     :: part < PARTS ->
+#ifdef MUTANT_EARLY_EMPTY /* reported before it is */
+        d_step { parts_word(set[b])++ }
+#endif
+#ifndef MUTANT_NO_EMPTY
+        empty_part();
+#endif
+#ifndef MUTANT_EARLY_EMPTY
+        d_step { parts_word(set[b])++ }
+#endif
+        d_step { part = part_tickets(set[b]); part_tickets(set[b])++ }
+     :: else -> break
+     od;
+     do
      :: tile < hits * (TILES1 + TILES2) ->
         d_step { find(tile) }
+#ifdef SINGLE /* before others poll y */
+#ifndef MUTANT_UNAWAITED
+        if
+        :: width == 1 && !emptied -> await(parts_word(set[b]) == PARTS); emptied = true
+        :: else
+        fi;
+#endif
+#endif
         feed!tile, width, hit, row;
         take(set[b])
 #ifdef MUTANT_ENDLESS /* a block that gets no tile asks again */
@@ -178,9 +258,16 @@ proctype schedule(byte b; chan feed) {
 #endif
      od;
      feed!NO_TILE, 0, 0, 0;
-     d_step { tile = 0; width = 0; hit = 0; row = 0; i = 0; before = 0; taken = 0 }
+     d_step { tile = 0; width = 0; hit = 0; row = 0; i = 0; before = 0; taken = 0; part = 0; emptied = false }
   od
 }
+
+/* gemm2's tokens are there, as who brings them sees it. */
+#ifdef SINGLE
+#define rows_there() (y_old[hit] || y[hit] == ROWS)
+#else
+#define rows_there() (rows_word(set[b], hit) >= ROWS)
+#endif
 
 proctype load(byte b; chan feed, handed) {
   bit width;
@@ -190,23 +277,11 @@ proctype load(byte b; chan feed, handed) {
      if
      :: tile != NO_TILE && width == 1 ->
 #ifndef MUTANT_NO_WAIT
-        if
-        :: d_step { rows_word(set[b], hit) >= ROWS }
-        :: late[b] /* it waits no more */
-#ifndef PATIENT
-        :: d_step {
-             rows_word(set[b], hit) < ROWS && !late[b] ->
-             late[b] = true;
-#ifndef MUTANT_UNMARKED
-             fault = true
-#endif
-           }
-#endif
-        fi;
+        await(rows_there());
 #endif
         d_step {
-          assert(y[hit] == ROWS || late[b]);
-          for (end : row .. end_row(1, row) - 1) { wrong[end] = wrong[end] || y[hit] < ROWS }
+          assert((y[hit] == ROWS && !y_old[hit]) || late[b]);
+          for (end : row .. end_row(1, row) - 1) { wrong[end] = wrong[end] || y[hit] < ROWS || y_old[hit] }
           end = 0
         }
      :: else
@@ -227,41 +302,56 @@ inline store_parts() {
     assert(!executed[tile]);
     executed[tile] = true;
     for (r : row .. end_row(1, row) - 1) { z[r]++; store_nan() }
-    r = row
+    r = 0
   }
 }
 
-/* All parts of a tile of columns are there. */
+/* Who gave up makes no number of what there is. */
 inline add_up(c) {
   d_step {
-    assert(z[c] == hits && !summed[c]);
+    assert(late[b] || (z[c] == hits && !z_old[c]));
+    nan[c] = nan[c] || late[b];
+    assert(!summed[c]);
     assert(!wrong[c] || nan[c]);
     summed[c] = true
   }
 }
 
 inline report_rows() {
+#ifdef MUTANT_TORN /* a load and a store */
+  seen = rows_word(set[b], hit);
+  d_step { rows_word(set[b], hit) = seen + end_row(0, row) - row; seen = 0 }
+#else
   d_step { rows_word(set[b], hit) = rows_word(set[b], hit) + end_row(0, row) - row }
+#endif
 }
 
 proctype finish(byte b; chan handed) {
   bit width;
+  bool emptied;
   byte tile, hit, row, r;
-  bool last[TALL];
 #ifdef MUTANT_TORN
   byte seen;
 #endif
   do
   :: handed?tile, width, hit, row ->
+#ifndef MUTANT_UNAWAITED
      if
-     :: tile == NO_TILE -> /* without a hit nobody has written the output */
-        r = b;
+     :: !emptied -> await(parts_word(set[b]) == PARTS); emptied = true
+     :: else
+     fi;
+#endif
+     if
+     :: tile == NO_TILE ->
         do
-        :: hits == 0 && r < COLUMNS -> add_up(r); r = r + BLOCKS
+        :: sum_of[b] < COLUMNS ->
+           await(z_old[sum_of[b]] || z[sum_of[b]] == hits);
+           add_up(sum_of[b]);
+           d_step { sum_of[b] = sum_tickets(set[b]); sum_tickets(set[b])++ }
         :: else -> break
         od;
-        r = 0;
-        d_step { late[b] = false; running--; ended++ }
+        skip; /* no jump into a step */
+        d_step { late[b] = false; emptied = false; sum_of[b] = 0; running--; ended++ }
 
      :: tile != NO_TILE && width == 0 ->
 #ifdef MUTANT_EARLY_ROWS
@@ -269,50 +359,13 @@ proctype finish(byte b; chan handed) {
 #endif
         d_step { assert(!executed[tile]); executed[tile] = true; y[hit] = y[hit] + end_row(0, row) - row }
 #ifndef MUTANT_EARLY_ROWS
+#ifndef SINGLE
         report_rows()
 #endif
+#endif
 
-     :: tile != NO_TILE && width == 1 ->
-#ifdef MUTANT_EARLY_COLUMNS
-        r = row;
-#else
-        store_parts();
-#endif
-#ifdef MUTANT_SILENT /* who gave up does not report */
-        if
-        :: late[b] -> goto next
-        :: else
-        fi;
-#endif
-        do
-#ifdef MUTANT_TORN /* a report is a load and a store */
-        :: r < end_row(1, row) ->
-           seen = columns_word(set[b], r);
-           d_step { last[r - row] = seen == hits - 1; columns_word(set[b], r) = seen + 1; seen = 0; r++ }
-#else
-        :: r < end_row(1, row) ->
-           d_step {
-             last[r - row] = columns_word(set[b], r) == hits - 1;
-             columns_word(set[b], r) = columns_word(set[b], r) + 1;
-             r++
-           }
-#endif
-        :: r == end_row(1, row) -> r = row; break
-        od;
-#ifdef MUTANT_EARLY_COLUMNS
-        skip;
-        store_parts();
-#endif
-        do
-        :: r < end_row(1, row) && last[r - row] -> add_up(r); last[r - row] = false; r++
-        :: r < end_row(1, row) && !last[r - row] -> r++
-        :: r == end_row(1, row) -> break
-        od;
-        r = 0
+     :: tile != NO_TILE && width == 1 -> store_parts()
      fi;
-#ifdef MUTANT_SILENT
-     next: skip;
-#endif
      d_step { tile = 0; width = 0; hit = 0; row = 0 }
   od
 }
@@ -347,9 +400,14 @@ init {
        for (i : 0 .. COLUMNS - 1) {
          assert(summed[i] /* every column is added up */);
          assert(!nan[i] || fault);
-         z[i] = 0; wrong[i] = false; nan[i] = false; summed[i] = false
+         z[i] = 0; z_old[i] = true; wrong[i] = false; nan[i] = false; summed[i] = false
        }
-       for (i : 0 .. HITS - 1) { y[i] = 0 }
+       for (i : 0 .. HITS - 1) {
+         y[i] = 0;
+#ifdef SINGLE
+         y_old[i] = true
+#endif
+       }
        i = 0; arrived = 0; ended = 0; used = 0; fault = false
      }
 progress: /* every launch ends */

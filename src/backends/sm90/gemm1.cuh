@@ -23,29 +23,48 @@ struct Activate {
 
   static constexpr bool takes(const Form& form) { return form.planes == kPlanes; }
 
+  // What a thread reads beside its sums: rows g and g + 8 are sum * scale + shift.
+  struct Lines {
+    f32 scale[2];
+    f32 shift[2];
+  };
+
+  template <class Place>
+  __device__ Lines lines(const Place& place) const {
+    const int feature = feature_of(place);
+    if (feature >= inter) return {};
+    const i64 index = i64{place.expert} * inter + feature + threadIdx.x % 32 / 4;
+    const f32 up = ldexpf(globals[2 * place.expert + 1], -kProductExponent), shift = bias_of(up_bias, index);
+    if (!activation.gated()) return {{up, up}, {shift, bias_of(up_bias, index + 8)}};
+    return {{ldexpf(globals[2 * place.expert], -kProductExponent), up}, {bias_of(gate_bias, index), shift}};
+  }
+
   template <int kSlots, class Place>
-  __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
-    const int features = activation.gated() ? 8 : 16;  // of a warp's sixteen rows
-    const int feature = (place.row_tile * 4 + gpu::isa::uniform(threadIdx.x % 128 / 32)) * features;
+  __device__ void store(const Place& place, const Lines& lines, f32 (&d)[kSlots / 2]) const {
+    const int feature = feature_of(place);
     if (feature >= inter) return;
-    if (activation.gated()) gated<kSlots>(place, feature, d);
-    else ungated<kSlots>(place, feature, d);
+    if (activation.gated()) gated<kSlots>(place, feature, lines, d);
+    else ungated<kSlots>(place, feature, lines, d);
   }
 
  private:
   static __device__ f32 bias_of(const f32* bias, i64 index) { return bias == nullptr ? 0.0f : bias[index]; }
 
+  template <class Place>
+  __device__ int feature_of(const Place& place) const {
+    const int features = activation.gated() ? 8 : 16;  // of a warp's sixteen rows
+    return (place.row_tile * 4 + gpu::isa::uniform(threadIdx.x % 128 / 32)) * features;
+  }
+
   // Kinds stand outside the loop over slots: inside it, unrolled, they would be a hundred kilobytes of code.
   template <int kSlots, class Place>
-  __device__ void gated(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
-    const i64 index = i64{place.expert} * inter + feature + threadIdx.x % 32 / 4;
-    const f32 gate_scale = ldexpf(globals[2 * place.expert], -kProductExponent), gate_shift = bias_of(gate_bias, index);
-    const f32 up_scale = ldexpf(globals[2 * place.expert + 1], -kProductExponent), up_shift = bias_of(up_bias, index);
+  __device__ void gated(const Place& place, int feature, const Lines& lines, const f32 (&d)[kSlots / 2]) const {
     const auto each = [&](auto kind) {
       Activation fixed = activation;
       fixed.kind = decltype(kind)::value;
       write<kSlots>(place, feature, [&](int i) {
-        return gemm1::activate(fixed, d[i] * gate_scale + gate_shift, d[i + 2] * up_scale + up_shift);
+        return gemm1::activate(fixed, d[i] * lines.scale[0] + lines.shift[0],
+                               d[i + 2] * lines.scale[1] + lines.shift[1]);
       });
     };
     using enum ActivationKind;
@@ -59,14 +78,12 @@ struct Activate {
   }
 
   template <int kSlots, class Place>
-  __device__ void ungated(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
-    const f32 scale = ldexpf(globals[2 * place.expert + 1], -kProductExponent);
+  __device__ void ungated(const Place& place, int feature, const Lines& lines, const f32 (&d)[kSlots / 2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const i64 index = i64{place.expert} * inter + feature + 8 * half + threadIdx.x % 32 / 4;
-      const f32 shift = bias_of(up_bias, index);
       write<kSlots>(place, feature + 8 * half, [&](int i) {
-        return gemm1::activate(Activation{ActivationKind::relu2}, 0.0f, d[i + 2 * half] * scale + shift);
+        return gemm1::activate(Activation{ActivationKind::relu2}, 0.0f,
+                               d[i + 2 * half] * lines.scale[half] + lines.shift[half]);
       });
     }
   }
@@ -82,15 +99,15 @@ struct Activate {
   __device__ void write(const Place& place, int feature, const Value& value) const {
     if (y == nullptr) return write_wide<kSlots>(place, feature, value);
     const int lane = threadIdx.x % 32;
-    u16* row = y + i64{place.slot + lane / 4} * inter + feature + lane % 4 * 2;
+    u16* row = y + i64{place.row(lane / 4)} * inter + feature + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
       const gpu::Planes pair = planes_of(value(4 * j), value(4 * j + 1));
       const u32 high = gpu::isa::transpose(pair.high);  // slot 8j + g, features 2t, 2t + 1
       const u32 low = kPlanes == 2 ? gpu::isa::transpose(pair.low) : 0;
       if (place.uses(8 * j + lane / 4)) {
-        *reinterpret_cast<u32*>(row) = high;
-        if constexpr (kPlanes == 2) *reinterpret_cast<u32*>(row + plane) = low;
+        place.put(reinterpret_cast<u32*>(row), high);
+        if constexpr (kPlanes == 2) place.put(reinterpret_cast<u32*>(row + plane), low);
       }
       row = gpu::isa::advance(row, i64{8} * inter * sizeof(u16));
     }
@@ -100,7 +117,7 @@ struct Activate {
   __device__ void write_wide(const Place& place, int feature, const Value& value) const {
     const int lane = threadIdx.x % 32;
     const int first = lane % 4 * 2;
-    f32* row = y_wide + i64{place.slot + first} * inter + feature + lane / 4;
+    f32* row = y_wide + i64{place.row(first)} * inter + feature + lane / 4;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
       if (place.uses(first + 8 * j)) row[0] = value(4 * j);

@@ -13,25 +13,46 @@ struct Project {
 
   static constexpr bool takes(const Form&) { return true; }
 
-  template <int kSlots, class Place>
-  __device__ void store(const Place& place, f32 (&d)[kSlots / 2]) const {
-    const int lane = threadIdx.x % 32;
-    const int row = place.row_tile * kTileRows + threadIdx.x % 128 / 32 * 16;  // hidden ends at a multiple of 16
-    if (row >= hidden) return;
+  // What a thread reads beside its sums: rows g and g + 8 are sum * scale + shift.
+  struct Lines {
+    f32 scale;
+    f32 shift[2];
+  };
+
+  template <class Place>
+  __device__ Lines lines(const Place& place) const {
+    const int row = row_of(place);
+    if (row >= hidden) return {};
     const f32 scale = ldexpf(globals[place.expert], -kProductExponent);
-    const i64 index = i64{place.expert} * hidden + row + lane / 4;
-    const f32 shifts[2] = {bias == nullptr ? 0.0f : bias[index], bias == nullptr ? 0.0f : bias[index + 8]};
+    const i64 index = i64{place.expert} * hidden + row + threadIdx.x % 32 / 4;
+    return {scale, {bias == nullptr ? 0.0f : bias[index], bias == nullptr ? 0.0f : bias[index + 8]}};
+  }
+
+  template <int kSlots, class Place>
+  __device__ void store(const Place& place, const Lines& lines, f32 (&d)[kSlots / 2]) const {
+    const int lane = threadIdx.x % 32;
+    const int row = row_of(place);
+    if (row >= hidden) return;
     const int first = lane % 4 * 2;
-    f32* out = z + i64{place.slot + first} * hidden + row + lane / 4;
+    f32* out[2];
+    for (int c = 0; c < 2; ++c) out[c] = z + i64{place.row(first + c)} * hidden + row + lane / 4;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
+#pragma unroll
       for (int c = 0; c < 2; ++c) {
+        u32* at = reinterpret_cast<u32*>(out[c]);
+        out[c] = gpu::isa::advance(out[c], i64{8} * hidden * sizeof(f32));
         if (!place.uses(first + 8 * j + c)) continue;
-        out[c * hidden] = d[4 * j + c] * scale + shifts[0];
-        out[c * hidden + 8] = d[4 * j + 2 + c] * scale + shifts[1];
+        place.put(at, __float_as_uint(d[4 * j + c] * lines.scale + lines.shift[0]));
+        place.put(at + 8, __float_as_uint(d[4 * j + 2 + c] * lines.scale + lines.shift[1]));
       }
-      out = gpu::isa::advance(out, i64{8} * hidden * sizeof(f32));
     }
+  }
+
+ private:
+  template <class Place>
+  static __device__ int row_of(const Place& place) {  // hidden ends at a multiple of 16
+    return place.row_tile * kTileRows + threadIdx.x % 128 / 32 * 16;
   }
 };
 

@@ -26,6 +26,7 @@ struct Operands {
   i32 row_tiles;  // of one expert, 64 rows each
   i32 steps;      // K steps, even
   i32 plane = 0;  // rows between the tokens' planes
+  Products products = {};
 };
 
 // A row tile by slots as an epilogue sees it.
@@ -36,6 +37,8 @@ struct Place {
   int slots;  // in use
 
   __device__ bool uses(int column) const { return column < slots; }
+  __device__ int row(int column) const { return slot + column; }
+  __device__ static void put(u32* at, u32 bits) { *at = bits; }
 };
 
 // Sums on their way from the consumers to a warpgroup that has the epilogue alone.
@@ -76,12 +79,15 @@ __device__ int row_blocks(const Operands& operands) {
 //   const CUtensorMap& tokens(int width)   its tokens, in boxes of size(width) rows
 //   int first_row(tile)                    of the tile's box
 //   void wait(S&, tile)                    until the tile's tokens are there; one warp
+//   bool brings(tile)                      bring() puts the tile's tokens into the ring instead; one warp
+//   void bring(S&, tile, cursor)
 //   bool early()                           roles start before this launch's input is there, and wait for it themselves
 //   void prepare(S&)                       all threads, before the roles
 //   void schedule(S&)                      the scheduling warp
 //   void store<kWidth>(tile, row_tile, d)  a warpgroup's sums of one row tile; of shapes that hand over instead
 //   void begin(S&)                         the consumers, first; of shapes that hand over
 //   void finish(S&)                        the warpgroup that takes them
+//   void report(S&)                        one warp; a reader of the feed, too
 
 // One warp: weights into the ring, a lane a row tile.
 template <class T, class Job>
@@ -117,6 +123,10 @@ __device__ void load_tokens(Block<T, typename Job::Memory>& shared, const Job& j
   for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
     const Operands& operands = job.operands(tile.width);
     const u32 bytes = T::kPlanes * T::size(tile.width) * 128;
+    if (job.brings(tile)) {
+      job.bring(shared, tile, &cursor);
+      continue;
+    }
     job.wait(shared, tile);
     for (int step = 0; step < operands.steps; step += T::kDepth, cursor.advance()) {
       const int depth = min(T::kDepth, operands.steps - step);
@@ -162,7 +172,7 @@ struct View {
 
 // Unit u of a stage is row tile u % kRows of K step u / kRows.
 template <class T>
-__device__ __forceinline__ void unpack_unit(const View<T>& view, int unit, u32 (&a)[4][4]) {
+__device__ __forceinline__ void unpack_unit(const View<T>& view, const Operands& operands, int unit, u32 (&a)[4][4]) {
   const u32 tile = (unit % T::kRows * T::kDepth + unit / T::kRows) * T::kWeightBytes;
   if constexpr (T::kDense) {
 #pragma unroll
@@ -173,8 +183,12 @@ __device__ __forceinline__ void unpack_unit(const View<T>& view, int unit, u32 (
   } else {
     const uint4 codes = gpu::isa::load_shared_16(view.codes + tile);
     const uint2 scales = gpu::isa::load_shared_8(view.scales + tile);
-    unpack<T::kPowers>(codes.x, codes.y, scales.x, *reinterpret_cast<u32(*)[2][4]>(&a[0]));
-    unpack<T::kPowers>(codes.z, codes.w, scales.y, *reinterpret_cast<u32(*)[2][4]>(&a[2]));
+    const auto with = [&](const auto& shift) {
+      unpack<T::kPowers>(codes.x, codes.y, scales.x, *reinterpret_cast<u32(*)[2][4]>(&a[0]), shift);
+      unpack<T::kPowers>(codes.z, codes.w, scales.y, *reinterpret_cast<u32(*)[2][4]>(&a[2]), shift);
+    };
+    if constexpr (T::kByProducts) with(operands.products);
+    else with(Shifts{});
   }
 }
 
@@ -203,16 +217,17 @@ __device__ __forceinline__ void release(Shared<T>& shared, int stage) {
 // A warpgroup: sums of its row tiles over its K steps, two in each stage. While one unit's products are at work the
 // next one's weights are unpacked into the other set of operands.
 template <class T, int kSlots>
-__device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStages>* cursor, int steps,
+__device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStages>* cursor, const Operands& operands,
                                          f32 (&d)[T::kRows][kSlots / 2]) {
   constexpr int kUnits = 2 * T::kRows;
+  const int steps = operands.steps;
   const int first_step = T::kSplit ? 2 * gpu::isa::uniform(threadIdx.x / 128) : 0;
   const View<T> first(shared);
   u32 a[2][4][4];
   int before = -1;  // the stage that the last products still read
   if (first_step < steps) {
     gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
-    unpack_unit(View<T>(first, cursor->stage), 0, a[0]);
+    unpack_unit(View<T>(first, cursor->stage), operands, 0, a[0]);
   }
 #pragma unroll 1
   for (int step = first_step; step < steps; step += T::kDepth) {
@@ -225,10 +240,10 @@ __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStag
       gpu::isa::wgmma_wait<1>();
       if (unit == 0 && before >= 0) release(shared, before);
       if (unit + 1 < kUnits) {
-        unpack_unit(view, unit + 1, a[(unit + 1) % 2]);
+        unpack_unit(view, operands, unit + 1, a[(unit + 1) % 2]);
       } else if (step + T::kDepth < steps) {
         gpu::wait(&shared.ring.full[cursor->stage], cursor->lap);
-        unpack_unit(View<T>(first, cursor->stage), 0, a[0]);
+        unpack_unit(View<T>(first, cursor->stage), operands, 0, a[0]);
       }
     }
     before = here;
@@ -299,7 +314,7 @@ __device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, gpu::
   for (; reader->peek().width == kWidth; reader->pop()) {
     const int steps = job.operands(kWidth).steps;
     f32 d[T::kRows][kSlots / 2];
-    multiply<T, kSlots>(shared, cursor, steps, d);
+    multiply<T, kSlots>(shared, cursor, job.operands(kWidth), d);
     if constexpr (T::kSplit) {
       if (!join<T, kSlots>(shared, (*turn)++, steps, d)) continue;
     }
@@ -316,7 +331,7 @@ __device__ __forceinline__ void consume_alike(Shared<T>& shared, const Job& job)
   for (int width = reader.peek().width; width < T::kWidths; width = reader.peek().width, ++turn) {
     const int steps = job.operands(width).steps;
     f32 d[T::kRows][T::kMost / 2];
-    multiply<T, T::kMost>(shared, &cursor, steps, d);
+    multiply<T, T::kMost>(shared, &cursor, job.operands(width), d);
     hand_over(shared, turn, steps, d);
     reader.pop();
   }
@@ -339,7 +354,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
   constexpr int kConsumers = T::kGroups * 4, kFinishers = T::kHanded > 0 ? 4 : 0;  // warps
   if (threadIdx.x == 0) {
     shared.ring.init(2, kConsumers);
-    shared.feed.ring.init(1, kConsumers + 2 + kFinishers);
+    shared.feed.ring.init(1, kConsumers + 2 + kFinishers + (kFinishers > 0 ? 1 : 0));
     if constexpr (T::kHanded > 0) shared.handed.ring.init(kConsumers, kFinishers);
   }
   if (!job.early()) gpu::isa::wait_for_earlier();
@@ -360,6 +375,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
     if (warp == kConsumers) load_weights<T>(shared, job);
     else if (warp == kConsumers + 1) load_tokens<T>(shared, job);
     else if (warp == kConsumers + 2) job.schedule(shared);
+    else if constexpr (T::kHanded > 0) job.report(shared);
   } else {
     if constexpr (T::kHanded > 0) {
       gpu::isa::registers_take<T::kFinisherRegisters>();
@@ -388,6 +404,8 @@ struct Product {
   __device__ int first_row(const gpu::Tile& tile) const { return tile.slot; }
   __device__ bool early() const { return tokens_late; }
   __device__ void wait(Block<T, Counts>&, const gpu::Tile&) const {}
+  __device__ static constexpr bool brings(const gpu::Tile&) { return false; }
+  __device__ void bring(Block<T, Counts>&, const gpu::Tile&, gpu::Cursor<T::kStages>*) const {}
   __device__ const std::byte* blob(const Block<T, Counts>&, const gpu::Tile& tile) const {
     return weights.blobs[tile.expert];
   }
@@ -399,7 +417,8 @@ struct Product {
   }
   template <int kWidth>
   __device__ __forceinline__ void store(const gpu::Tile& tile, int row_tile, f32 (&d)[T::size(kWidth) / 2]) const {
-    epilogue.template store<T::size(kWidth)>(Place{tile.expert, row_tile, tile.slot, tile.slots}, d);
+    const Place place{tile.expert, row_tile, tile.slot, tile.slots};
+    epilogue.template store<T::size(kWidth)>(place, epilogue.lines(place), d);
   }
 };
 

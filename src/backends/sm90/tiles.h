@@ -66,7 +66,7 @@ struct TileShape {
 };
 
 // Of the kernels' speed, see Step::revision: raise it when tiles or roles change.
-inline constexpr i32 kRevision = 4;
+inline constexpr i32 kRevision = 5;
 
 // The shapes that are built; choose() and the benchmark name them by index.
 inline constexpr TileShape kTileShapes[] = {
@@ -138,10 +138,12 @@ struct Tiles {
   static constexpr int kStages = kShape.stages;
   static constexpr bool kSplit = kShape.split;
   static constexpr bool kPowers = kPowersOfTwo;
+  static constexpr int kHanded = kShape.handed;
+  // Where unpacking is the limit. With few tokens memory is, and products are a little slower than shifts there.
+  static constexpr bool kByProducts = !kSplit && kHanded == 0;
   static constexpr bool kDense = kShape.form.dense;
   static constexpr int kPlanes = kShape.form.planes;
   static constexpr int kFeed = kShape.feed;
-  static constexpr int kHanded = kShape.handed;
   static constexpr int kMost = kShape.sizes[0];
   static constexpr int kWidths =
       static_cast<int>(std::find(std::begin(kShape.sizes), std::end(kShape.sizes), 0) - std::begin(kShape.sizes));

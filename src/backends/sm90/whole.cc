@@ -39,12 +39,12 @@ i64 kept(const Problem& problem, const Machine& machine) {
 }
 
 i64 carve(const Problem& problem, const Machine& machine, std::byte* memory, Work* work) {
-  const i64 most = most_hits(problem);
+  const i64 most = most_rows(problem);
   Carver carver(memory);
   work->queue = reinterpret_cast<i32*>(carver.take<std::byte>(kept(problem, machine)));
   work->rows = carver.take<u16>(i64{kFewTokens} * problem.hidden);
-  work->y = carver.take<u16>(most * kFewTokens * problem.inter);
-  work->z = carver.take<f32>(most * kFewTokens * problem.hidden);
+  work->y = carver.take<u16>(std::max<i64>(i64{most_hits(problem)} * kFewTokens, most) * problem.inter);
+  work->z = carver.take<f32>(most * problem.hidden);
   return carver.used();
 }
 
@@ -99,8 +99,10 @@ LayerLoad load_of(const Problem& problem, i64 tokens) {
 i32 most_hits(const Problem& problem) { return std::min(problem.local_experts, kFewTokens * problem.top_k) + 1; }
 
 gpu::QueueShape queue_shape(const Problem& problem, i32 multiprocessors) {
-  return {multiprocessors, most_hits(problem), row_tiles(problem.hidden)};
+  return {multiprocessors, most_hits(problem)};
 }
+
+i32 most_rows(const Problem& problem) { return kFewTokens * (problem.top_k + 1); }
 
 extern const Step kWhole;
 const Step kWhole = {"sm90",    "whole",     {Stage::route, Stage::combine},

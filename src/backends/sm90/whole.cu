@@ -28,13 +28,13 @@ Status launch_round(const Whole& call, void* stream) {
   return gpu::launch("round", round_tokens, {(octets + 255) / 256, 256}, Rounding{call.hidden, call.work.rows}, stream);
 }
 
-template <class T>
+template <class T, bool kSingle>
 Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   const Problem& problem = call.slots.problem;
   const weights::DeviceTable& table = *call.table;
   const i32 rows1 = problem.activation.gated() ? 2 * problem.inter : problem.inter;
   const i32 entries = problem.local_experts + (call.shared ? 1 : 0);
-  Layer<T> job{};
+  Layer<T, kSingle> job{};
   job.gemms[0] = Operands{table.gemm1, entries, row_tiles(rows1), k_steps(problem.hidden)};
   job.gemms[1] = Operands{table.gemm2, entries, row_tiles(problem.hidden), k_steps(problem.inter)};
   job.activate = {table.gemm1_globals, table.gate_bias, table.up_bias, problem.activation,
@@ -42,14 +42,15 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   job.project = {table.gemm2_globals, table.down_bias, call.work.z, problem.hidden};
   job.slots = call.slots;
   job.screened = call.slots.in.logits.data == nullptr || route::can_screen(call.slots);
-  while (!job.screened && ((2 * call.slots.tokens) << job.team_shift) <= Layer<T>::kPickers) ++job.team_shift;
-  job.teams = std::min(Layer<T>::kPickers >> job.team_shift, Layer<T>::kPickBytes / (8 * route::team_words(problem)));
+  while (!job.screened && ((2 * call.slots.tokens) << job.team_shift) <= Layer<T, kSingle>::kPickers) ++job.team_shift;
+  job.teams = std::min(Layer<T, kSingle>::kPickers >> job.team_shift,
+                       Layer<T, kSingle>::kPickBytes / (8 * route::team_words(problem)));
   job.shared_expert = call.shared;
   job.queue = {queue_shape(problem, multiprocessors), call.work.queue};
   job.wait_cycles = call.wait_cycles;
   job.sum = call.sum;
   job.sum.rows = call.work.z;
-  if (call.shared) job.sum.addend.addend = call.work.z;  // hit 0 has a row for every token
+  if (call.shared) job.sum.addend.addend = call.work.z + i64{call.slots.tokens} * problem.top_k * problem.hidden;
   const bool rounded = call.hidden.dtype == format::Dtype::bf16;
   const u16* tokens = rounded ? reinterpret_cast<const u16*>(call.hidden.data) : call.work.rows;
   const i64 stride = rounded && call.slots.tokens > 1 ? call.hidden.stride : problem.hidden;  // one row's is nobody's
@@ -58,8 +59,14 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   const i64 rows = i64{most_hits(problem)} * kFewTokens;
   status = gpu::map_rows({call.work.y, rows, problem.inter, problem.inter}, kFewTokens, &job.maps[1]);
   if (!status.ok()) return status;
-  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T, Layer<T>>(), true};
-  return gpu::launch(multiply_tiles<T, Layer<T>>, shape, stream, job);
+  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T, Layer<T, kSingle>>(), true};
+  return gpu::launch(multiply_tiles<T, Layer<T, kSingle>>, shape, stream, job);
+}
+
+template <class T>
+Status launch_tokens(const Whole& call, i32 multiprocessors, void* stream) {
+  if (call.slots.tokens == 1) return launch_layer<T, true>(call, multiprocessors, stream);
+  return launch_layer<T, false>(call, multiprocessors, stream);
 }
 
 template <int kTile = kWholeTile>
@@ -67,8 +74,8 @@ Status launch_shape(int tile, const Whole& call, i32 multiprocessors, void* stre
   if constexpr (kTile < kAllTileShapes) {
     if (tile != kTile) return launch_shape<kTile + 1>(tile, call, multiprocessors, stream);
     const bool powers = call.slots.problem.encoding == format::Encoding::mxfp4;
-    return powers ? launch_layer<Tiles<kTile, true>>(call, multiprocessors, stream)
-                  : launch_layer<Tiles<kTile>>(call, multiprocessors, stream);
+    return powers ? launch_tokens<Tiles<kTile, true>>(call, multiprocessors, stream)
+                  : launch_tokens<Tiles<kTile>>(call, multiprocessors, stream);
   } else {
     return refuse(Reason::internal, "no tile " + std::to_string(tile));
   }

@@ -3,6 +3,7 @@
 
 #include "backends/sm90/gemm1.cuh"
 #include "backends/sm90/gemm2.cuh"
+#include "backends/sm90/numbers.cuh"
 #include "backends/sm90/whole.h"
 #include "combine/sum.cuh"
 #include "gpu/isa/order.cuh"
@@ -15,31 +16,34 @@ struct Hit {
   const std::byte* blobs[2];  // its packed weights of gemm1 and gemm2, in the GPU's memory; the table's
   i32 expert;                 // entry of the table
   u32 tokens;                 // bit t: token t takes it
+  u16 row[kFewTokens];        // of z, and of a single token's y: that of the pick, of each token that does
 };
 
 // Columns are tokens: those that take the expert are in use.
 struct HitPlace {
   int expert;
   int row_tile;
-  int slot;    // row of y and z of the hit's token 0
-  u32 tokens;  // bit t: token t is in use
+  const Hit* hit;
+  int first;  // row of the hit's token 0, where it has one for every token; negative: rows are the picks'
 
-  __device__ bool uses(int column) const { return (tokens >> column & 1) != 0; }
+  __device__ bool uses(int column) const { return (hit->tokens >> column & 1) != 0; }
+  __device__ int row(int column) const { return first >= 0 ? first + column : hit->row[column]; }
+  __device__ static void put(u32* at, u32 bits) { gpu::isa::store_relaxed(at, bits); }
 };
 
-inline constexpr int kMostRowTiles = 8;                     // of a tile
 inline constexpr int kExpertWords = gpu::kMaxExperts / 32;  // a lane each
 static_assert(kExpertWords == 32);
 
 // What a block knows of the call.
 struct Found {
-  u64 table;  // barrier: the table of blobs is in shared memory
-  u64 ready;  // barrier: the list is made
-  i32 set;    // of the queue
+  u64 table;            // barrier: the table of blobs is in shared memory
+  u64 ready;            // barrier: the list is made
+  u64 came;             // barrier: the set is known
+  gpu::Ring<2> stored;  // tiles of y, from the epilogue's warpgroup to the warp that reports them
+  i32 set;              // of the queue
   i32 hits;
   bool refused;               // a token
   bool late;                  // a wait was given up: what follows is not a number
-  bool last[kMostRowTiles];   // this block's report was the last of the row tile's columns
   u32 experts[kExpertWords];  // bit e: local expert e is hit
   Hit list[kMostHits];        // the shared expert, then the experts hit: ascending, or in the only token's order
   i32 row[kFewTokens * 32];   // of each pick: its local expert, then, with the list, its row of z; negative for none
@@ -66,9 +70,10 @@ __device__ __forceinline__ void take_over(const Shared<T>& shared, int turn, int
 // Of pointers, as the copy engine counts: in 16s.
 FOURMOE_HD constexpr int bytes_of_table(int experts) { return (experts * 8 + 15) / 16 * 16; }
 
-template <class T>
+// kSingle: for one token, whose y is numbers that stand for themselves. That of several would take more reads than the
+// loading warp has time for: its tiles are reported, and come by boxes.
+template <class T, bool kSingle>
 struct Layer {
-  static_assert(T::kRowTiles <= kMostRowTiles);
   // find_hits(): the table, and a team of as many experts and groups as there can be.
   static constexpr int kPickBytes = T::kStages * sizeof(typename T::Stage) - 2 * bytes_of_table(gpu::kMaxExperts + 1);
   static_assert(kPickBytes >= 8 * (3 * gpu::kMaxExperts + route::kMaxWarps / 2));
@@ -91,10 +96,10 @@ struct Layer {
 
   __device__ const Operands& operands(int width) const { return gemms[width]; }
   __device__ const CUtensorMap& tokens(int width) const { return maps[width]; }
-  __device__ int first_row(const gpu::Tile& tile) const { return tile.width == 0 ? 0 : tile.slot; }
+  __device__ int first_row(const gpu::Tile& tile) const { return tile.width == 0 ? 0 : tile.slot * kFewTokens; }
   __device__ bool early() const { return true; }
   __device__ const std::byte* blob(const S& shared, const gpu::Tile& tile) const {
-    return shared.job.list[tile.slot / kFewTokens].blobs[tile.width];
+    return shared.job.list[tile.slot].blobs[tile.width];
   }
 
   // What the call does not change, and zeros.
@@ -106,6 +111,8 @@ struct Layer {
       found.refused = found.late = false;
       gpu::isa::barrier_init(&found.ready, 1);
       gpu::isa::barrier_init(&found.table, 1);
+      gpu::isa::barrier_init(&found.came, 1);
+      found.stored.init(4, 1);
       gpu::isa::barrier_fence_init();
       fetch_table(shared);
     }
@@ -120,14 +127,13 @@ struct Layer {
     int i = arrive(found);
     gpu::wait(&found.ready, 0);
     const int first = found.hits * blocks1, all = first + found.hits * blocks2;
+    bool empty = !kSingle;
     for (; i < all; i = ticket(found.set, writer)) {
+      if (!empty && i >= first) await_empty(found), empty = true;  // before the warp that loads tokens polls
       const int width = i < first ? 0 : 1, blocks = width == 0 ? blocks1 : blocks2;
       const int within = width == 0 ? i : i - first;
       const int hit = within / blocks;
-      const Hit& of = found.list[hit];
-      writer.put(0, [&] {  // its slots are the hit's tokens, as bits
-        return gpu::Tile{width, of.expert, within % blocks, hit * kFewTokens, static_cast<i32>(of.tokens)};
-      });
+      writer.put(0, [&] { return gpu::Tile{width, found.list[hit].expert, within % blocks, hit, 0}; });
     }
     writer.put(0, [] { return gpu::Tile{T::kWidths, 0, 0, 0, 0}; });
   }
@@ -136,30 +142,76 @@ struct Layer {
   // those after it, go on without their tokens, so that nobody waits for them, and are not numbers.
   __device__ void wait(S& shared, const gpu::Tile& tile) const {
     if (tile.width == 1) {
-      const i64 begin = clock64();
-      const int hit = tile.slot / kFewTokens;
-      i32 rows = 0;
-      while ((rows = queue.rows(shared.job.set, hit)) < gemms[0].row_tiles && !shared.job.late) {
-        if (clock64() - begin > wait_cycles) give_up(shared.job, tile.expert, rows);
-      }
+      const auto done = [&] { return queue.rows(shared.job.set, tile.slot) >= gemms[0].row_tiles; };
+      await(shared.job, gpu::Awaited::tokens, tile.expert, done);
       gpu::isa::fence_copy_engine();  // of this side alone: it lies between their writes and the copies that follow
     }
     __syncwarp();
   }
 
+  // A single token's row of y, 512 columns at a time and more on their way. Other rows of the tile are whatever they
+  // were: products with them are nobody's.
+  __device__ bool brings(const gpu::Tile& tile) const { return tile.width == 1 && kSingle; }
+  __device__ void bring(S& shared, const gpu::Tile& tile, gpu::Cursor<T::kStages>* cursor) const {
+    constexpr int kPieces = 4, kOfStage = T::kDepth * 8;  // 16 bytes: of a lane at once, of a stage
+    const int lane = threadIdx.x % 32, end = gemms[1].steps * 8;
+    const u16* y = activate.y + i64{shared.job.list[tile.slot].row[0]} * activate.inter;
+    for (int first = 0; first < end; first += 32 * kPieces) {
+      Pieces<kPieces> pieces(first + lane, activate.inter / 8);
+      await(shared.job, gpu::Awaited::tokens, tile.expert,
+            [&] { return pieces.fetch(reinterpret_cast<const uint4*>(y), first + lane); });
+#pragma unroll
+      for (int stage = 0; stage < 32 * kPieces / kOfStage; ++stage) {
+        if (first + stage * kOfStage >= end) break;
+        gpu::wait(&shared.ring.empty[cursor->stage], cursor->lap ^ 1);
+        const u32 to = gpu::isa::shared_address(shared.stages[cursor->stage].tokens[0]);
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) {
+          const int piece = lane + 32 * j - stage * kOfStage;
+          if (piece < 0 || piece >= kOfStage) continue;
+          gpu::isa::store_shared_16(to + piece / 8 * T::kPlaneBytes + piece % 8 * 16, pieces.at[j]);
+        }
+        gpu::isa::fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) gpu::isa::barrier_arrive(&shared.ring.full[cursor->stage]);
+        cursor->advance();
+      }
+    }
+  }
+
+  // One warp, for what takes as long as stores do while nobody else should wait: it empties its part of y and z, and
+  // says of each tile of y that it is stored.
+  __device__ void report(S& shared) const {
+    empty(shared.job);
+    gpu::Reader<T::kFeed> reader(shared.feed);
+    gpu::Cursor<2> cursor;
+    for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
+      if (tile.width == 1 || kSingle) continue;
+      gpu::wait(&shared.job.stored.full[cursor.stage], cursor.lap);
+      const int rows = min(T::kRowTiles, gemms[0].row_tiles - tile.row_block * T::kRowTiles);
+      if (threadIdx.x % 32 == 0) {
+        queue.report_rows(shared.job.set, tile.slot, rows);
+        gpu::isa::barrier_arrive(&shared.job.stored.empty[cursor.stage]);
+      }
+      cursor.advance();
+    }
+  }
+
   __device__ void begin(S& shared) const { find_hits(shared); }
 
-  // The epilogue's warpgroup: every tile's sums, and of the columns that this block was the last to bring, the output.
+  // The epilogue's warpgroup: every tile's sums, then its share of the output.
   __device__ void finish(S& shared) const {
     finish_list(shared);
     gpu::Reader<T::kFeed> reader(shared.feed);
-    int turn = 0;
-    for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next(), ++turn) {
+    gpu::Tile tile = reader.next();
+    await_empty(shared.job);
+    int sum = 0;  // the warp's first
+    if (threadIdx.x % 32 == 0) sum = queue.take_sum(shared.job.set);
+    for (int turn = 0; tile.width < T::kWidths; tile = reader.next(), ++turn) {
       if (tile.width == 0) finish_tile<0>(shared, turn, tile);
       else finish_tile<1>(shared, turn, tile);
     }
-    if (shared.job.hits > 0) return;  // without a hit nobody has written the output
-    for (int row_tile = blockIdx.x; row_tile < gemms[1].row_tiles; row_tile += gridDim.x) add_up(shared, row_tile);
+    add_up(shared, sum);
   }
 
  private:
@@ -180,12 +232,89 @@ struct Layer {
     gpu::isa::wait_for_earlier();
     int set = 0, first = 0;
     if (threadIdx.x % 32 == 0) {
-      set = queue.arrive();
+      set = found.set = queue.arrive();
+      gpu::isa::barrier_arrive(&found.came);
       first = queue.take(set);
-      found.set = set;
     }
     queue.clear_other(gpu::isa::uniform(set), blockIdx.x * 32 + threadIdx.x % 32, gridDim.x * 32);
     return gpu::isa::uniform(first);
+  }
+
+  __device__ Empties empties() const {
+    const int rows = slots.tokens * (slots.problem.top_k + (shared_expert ? 1 : 0));
+    return {reinterpret_cast<uint4*>(activate.y), reinterpret_cast<uint4*>(project.z),
+            kSingle ? rows * (activate.inter / 8) : 0, rows * (project.hidden / 4)};
+  }
+
+  // One warp: a part, and more where fewer blocks than parts have come.
+  __device__ void empty(Found& found) const {
+    gpu::isa::wait_for_earlier();
+    gpu::wait(&found.came, 0);
+    const Empties all = empties();
+    const bool leads = threadIdx.x % 32 == 0;
+    int part = leads ? queue.take_part(found.set) : 0;
+    for (part = gpu::isa::uniform(part); part < all.parts(); part = gpu::isa::uniform(part)) {
+      all.empty(part);
+      __syncwarp();
+      if (leads) queue.report_part(found.set), part = queue.take_part(found.set);
+    }
+  }
+
+  // One warp.
+  __device__ void await_empty(Found& found) const {
+    const int parts = empties().parts();
+    await(found, gpu::Awaited::empty, 0, [&] { return queue.parts(found.set) >= parts; });
+    __syncwarp();
+  }
+
+  // A warp: until done(). A wait that is given up ends all waits of the block.
+  template <class Done>
+  __device__ __forceinline__ void await(Found& found, gpu::Awaited awaited, int of, const Done& done) const {
+    const i64 begin = clock64();
+    while (!done() && !found.late) {
+      if (clock64() - begin > wait_cycles) give_up(found, awaited, of);
+    }
+  }
+
+  // How rows of z are read.
+  struct Polled {
+    const Layer& layer;
+    Found& found;
+    int token;
+
+    template <int kRows>
+    __device__ __forceinline__ void read(const gpu::Columns<2>* column, i64 stride, const i32 (&slot)[kRows],
+                                         gpu::Columns<2> (&z)[kRows]) const {
+      Pairs<kRows> pairs(slot);
+      layer.await(found, gpu::Awaited::sums, token, [&] { return pairs.fetch(column, stride, slot); });
+      const u32 lost = found.late ? kNone : 0;  // what was not awaited is no number
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        z[i] = {__uint_as_float(pairs.at[i].x | lost), __uint_as_float(pairs.at[i].y | lost)};
+      }
+    }
+    // The shared expert's row is one of them; a caller's is not.
+    __device__ __forceinline__ gpu::Columns<2> addend(const gpu::Columns<2>* at) const {
+      if (!layer.shared_expert) return *at;
+      gpu::Columns<2> z[1];
+      read(at, 0, {0}, z);
+      return z[0];
+    }
+  };
+
+  // Each warp of the epilogue's: 64 columns of a token's output, and again, as long as there are any that nobody took.
+  __device__ void add_up(S& shared, int next) const {
+    combine::DeviceSum of = sum;
+    of.pick_slot = shared.job.row;
+    of.weights = shared.job.weight;
+    const int last = of.hidden / 2 - 1;
+    for (int i = gpu::isa::uniform(next); i < gemms[1].row_tiles * of.tokens; i = gpu::isa::uniform(next)) {
+      if (threadIdx.x % 32 == 0) next = queue.take_sum(shared.job.set);
+      const int token = i % of.tokens, pair = i / of.tokens * 32 + threadIdx.x % 32;
+      const Polled rows{*this, shared.job, token};
+      const gpu::Columns<2> columns = combine::sum_columns<8, 2>(of, token, min(pair, last), rows);
+      if (pair <= last) gpu::store_columns(of.out.output.row(token), of.out.output.dtype, pair, columns);
+    }
   }
 
   // The consumers: picks of every token, and of them the list of hits. Every block finds the same, so none waits for
@@ -270,13 +399,13 @@ struct Layer {
     const int before = __shfl_sync(~0u, end - __popc(word), own / 32);
     const u32 here = __shfl_sync(~0u, word, own / 32);
     const int hit = first + before + __popc(here & ((1u << own % 32) - 1u));
+    const int row = token * slots.problem.top_k + __ffs(static_cast<int>(__match_any_sync(~0u, expert))) - 1;
     if (expert >= 0) {
-      add_hit(shared, hit, expert, 1u << token);
-      found.row[index] = hit * kFewTokens + token;
+      add_hit(shared, hit, expert, token, row);
+      found.row[index] = row;
     }
-    if (token > 0) return;
-    if (shared_expert && lane == 0) add_hit(shared, 0, slots.problem.local_experts, (1u << slots.tokens) - 1u);
-    if (lane == 31) found.hits = first + end;
+    if (shared_expert && lane == 0) add_shared(shared, token);
+    if (token == 0 && lane == 31) found.hits = first + end;
   }
 
   // The warp that picked for the only token: its hits in the order of its picks. Ends with the list announced.
@@ -289,22 +418,27 @@ struct Layer {
     const u32 leaders = __ballot_sync(~0u, expert >= 0 && lane == leader);
     const int hit = first + __popc(leaders & ((1u << leader) - 1u));
     gpu::wait(&found.table, 0);
-    if (expert >= 0 && lane == leader) add_hit(shared, hit, expert, 1u);
-    if (expert >= 0) found.row[lane] = hit * kFewTokens;
-    if (shared_expert && lane == 0) add_hit(shared, 0, slots.problem.local_experts, 1u);
+    if (expert >= 0 && lane == leader) add_hit(shared, hit, expert, 0, leader);
+    if (expert >= 0) found.row[lane] = leader;
+    if (shared_expert && lane == 0) add_shared(shared, 0);
     if (lane == 0) found.hits = first + __popc(leaders);
     gpu::isa::fence_async_proxy();
     __syncwarp();
     if (lane == 0) gpu::isa::barrier_arrive(&found.ready);
   }
 
-  __device__ void add_hit(S& shared, int hit, int expert, u32 tokens) const {
+  // Picks have rows of their own, and those of the shared expert follow. An expert picked twice has the first one's.
+  __device__ void add_shared(S& shared, int token) const {
+    add_hit(shared, 0, slots.problem.local_experts, token, slots.tokens * slots.problem.top_k + token);
+  }
+  __device__ void add_hit(S& shared, int hit, int expert, int token, int row) const {
     Hit& of = shared.job.list[hit];
     for (int gemm = 0; gemm < 2; ++gemm) {
       of.blobs[gemm] = reinterpret_cast<const std::byte* const*>(table_of(shared) + gemm * table_bytes())[expert];
     }
     of.expert = expert;
-    atomicOr(&of.tokens, tokens);
+    of.row[token] = static_cast<u16>(row);
+    atomicOr(&of.tokens, 1u << token);
   }
 
   __device__ int ticket(int set, gpu::Writer<T::kFeed>& writer) const {
@@ -314,63 +448,40 @@ struct Layer {
     return gpu::isa::uniform(taken);
   }
 
-  __device__ void give_up(Found& found, int expert, i32 rows) const {
-    const u64 key = gpu::fault_key(gpu::FaultKind::wait, 0, expert, static_cast<u8>(min(max(rows, 0), 255)));
+  __device__ void give_up(Found& found, gpu::Awaited awaited, int of) const {
+    const u64 key = gpu::fault_key(gpu::FaultKind::wait, 0, of, static_cast<u8>(awaited));
     atomicMin(reinterpret_cast<unsigned long long*>(&slots.fault->first), key);
     found.late = true;
+  }
+
+  template <int kWidth>
+  __device__ const auto& epilogue() const {
+    if constexpr (kWidth == 0) return activate;
+    else return project;
   }
 
   template <int kWidth>
   __device__ __forceinline__ void finish_tile(S& shared, int turn, const gpu::Tile& tile) const {
     const int first = tile.row_block * T::kRowTiles;
     const int rows = min(T::kRowTiles, gemms[kWidth].row_tiles - first);
+    const auto place = [&](int r) {
+      return HitPlace{tile.expert, first + r, &shared.job.list[tile.slot],
+                      kWidth == 0 && !kSingle ? tile.slot * kFewTokens : -1};
+    };
+    auto lines = epilogue<kWidth>().lines(place(0));  // read while the products are made
     gpu::wait(&shared.handed.ring.full[turn % T::kHanded], turn / T::kHanded & 1);
     for (int r = 0; r < rows; ++r) {
       f32 d[4];
       take_over(shared, turn, r, d);
-      const HitPlace place{tile.expert, first + r, tile.slot, static_cast<u32>(tile.slots)};
-      if constexpr (kWidth == 0) {
-        activate.template store<kFewTokens>(place, d);
-      } else {
-        if (shared.job.late) d[0] = d[1] = d[2] = d[3] = __uint_as_float(0x7fc00000u);
-        project.template store<kFewTokens>(place, d);
-      }
+      if (kWidth == 1 && shared.job.late) d[0] = d[1] = d[2] = d[3] = __uint_as_float(0x7fc00000u);
+      epilogue<kWidth>().template store<kFewTokens>(place(r), lines, d);
+      if (r + 1 < rows) lines = epilogue<kWidth>().lines(place(r + 1));
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.handed.ring.empty[turn % T::kHanded]);
-    if constexpr (kWidth == 0) report(shared.job, tile.slot / kFewTokens, rows);
-    else report_columns(shared, first, rows);
-  }
-
-  // The warpgroup has stored `rows` row tiles of a hit's y.
-  __device__ void report(const Found& found, int hit, int rows) const {
-    gpu::isa::sync_some(1, 128);
-    if (threadIdx.x % 128 == 0) queue.report_rows(found.set, hit, rows);
-  }
-
-  // The warpgroup has stored a hit's row tiles of z: those that no other hit is missing are added up.
-  __device__ void report_columns(S& shared, int first, int rows) const {
-    Found& found = shared.job;
-    const int thread = threadIdx.x % 128;
-    gpu::isa::sync_some(1, 128);
-    if (thread < rows) found.last[thread] = queue.report_columns(found.set, first + thread, found.hits);
-    gpu::isa::sync_some(1, 128);
-    for (int r = 0; r < rows; ++r) {
-      if (found.last[r]) add_up(shared, first + r);
-    }
-  }
-
-  // The warpgroup: 64 columns of the output, a warp a token.
-  __device__ void add_up(const S& shared, int row_tile) const {
-    combine::DeviceSum of = sum;
-    of.pick_slot = shared.job.row;
-    of.weights = shared.job.weight;
-    const int pair = row_tile * 32 + threadIdx.x % 32;
-    const int last = of.hidden / 2 - 1;
-    for (int token = threadIdx.x % 128 / 32; token < of.tokens; token += 4) {
-      const gpu::Columns<2> columns = combine::sum_columns<8, 2>(of, token, min(pair, last));
-      if (pair <= last) gpu::store_columns(of.out.output.row(token), of.out.output.dtype, pair, columns);
-    }
+    if (kWidth == 1 || kSingle) return;
+    gpu::wait(&shared.job.stored.empty[turn % 2], (turn / 2 & 1) ^ 1);  // tiles of y come first
+    if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.job.stored.full[turn % 2]);
   }
 };
 

@@ -1,11 +1,12 @@
 // whole on Hopper: a layer for few tokens in one launch, as the host sees it.
 //
 // Every block picks for all tokens by itself, so none waits for another before its first weights are on their way. The
-// tokens themselves are the eight columns of every product, so nothing is gathered or sorted: a hit (an expert that
-// some token picked) has a row for every token, and those that picked it are stored. The layer's shared expert is a hit
-// of all tokens. Tiles of both GEMMs stand in one queue (gpu/queue.h); a tile of gemm2 waits for its own hit's tiles of
-// gemm1 while its weights are on the way, and whoever finishes the last hit of 64 output columns adds them up, in the
-// order of picks.
+// tokens themselves are the eight columns of every product, so nothing is gathered or sorted: of a hit (an expert that
+// some token picked) the columns of those that picked it are stored. The layer's shared expert is a hit of all tokens.
+// Tiles of both GEMMs stand in one queue (gpu/queue.h); a tile of gemm2 waits for its own hit's tiles of gemm1 while
+// its weights are on the way, and when no tiles are left blocks share out the output, 64 columns of a token at a time,
+// whose rows of z they add up in the order of picks as these come. z, and the y of a single token, are polled number by
+// number (sm90/numbers.cuh); a hit's y of several tokens has a counter, for there the copy engine brings it.
 #pragma once
 
 #include "backends/sm90/tiles.h"
@@ -19,16 +20,17 @@ namespace fourmoe::sm90 {
 inline constexpr i32 kFewTokens = 8;
 inline constexpr i32 kMostHits = kFewTokens * 32 + 1;  // top_k <= 32, and the shared expert
 
-// Device memory of the step. `most` = most_hits of the problem.
+// Device memory of the step. `most` = most_rows of the problem.
 struct Work {
   i32* queue = nullptr;  // [queue_shape().words()] zeros before the first of the launches that share it
   u16* rows = nullptr;   // [kFewTokens, hidden] tokens rounded to bf16, where they are not
-  u16* y = nullptr;      // [most * kFewTokens, inter] bf16
-  f32* z = nullptr;      // [most * kFewTokens, hidden]
+  u16* y = nullptr;      // [most_hits * kFewTokens, inter] bf16, hit by token; of a single token [most, inter]
+  f32* z = nullptr;      // [most, hidden]
 };
 
 i32 most_hits(const Problem& problem);
 gpu::QueueShape queue_shape(const Problem& problem, i32 multiprocessors);
+i32 most_rows(const Problem& problem);  // one for each pick, then one of each token for the shared expert
 LayerLoad load_of(const Problem& problem, i64 tokens);  // chooses the tile
 
 struct Whole {
