@@ -55,8 +55,10 @@ TEST(TileChoice, FollowsTheSlotsOfAnExpert) {
   };
   EXPECT_TRUE(kTileShapes[choose({32, 128, 8, true, false}, 132)].split);
   EXPECT_FALSE(kTileShapes[choose({32, 128, 8, false, false}, 132)].split);
-  EXPECT_TRUE(kTileShapes[choose({32, 128, 400, true, true}, 132)].split);  // gemm1 of few slots an expert alone
-  EXPECT_FALSE(kTileShapes[choose({32, 128, 400, true, false}, 132)].split);
+  EXPECT_TRUE(
+      kTileShapes[choose({16, 128, 400, true, true}, 132)].split);  // gemm1 of few slots and rows an expert alone
+  EXPECT_FALSE(kTileShapes[choose({16, 128, 400, true, false}, 132)].split);
+  EXPECT_FALSE(kTileShapes[choose({32, 128, 400, true, true}, 132)].split);
   EXPECT_FALSE(kTileShapes[choose({32, 128, 1200, true, true}, 132)].split);
   EXPECT_LE(most(8, false), 24);
   EXPECT_LE(most(64 * 8, true), 40);

@@ -101,16 +101,16 @@ f64 expected_hits(i32 experts, i64 slots) { return experts * (1.0 - std::exp(-st
 }  // namespace
 
 // Fitted to the shipped table of measured choices (tune/shipped.json), whose seven layers do not need it: gemm1 of up
-// to about four slots an expert wants the finest tiles; then 256 rows until 512 keep the card busy; wider tiles follow
-// the slots that an expert has.
+// to about four slots an expert wants the finest tiles where few of 256 rows would come to a multiprocessor; then 256
+// rows until 512 keep the card busy; wider tiles follow the slots that an expert has.
 int choose(const Load& load, i32 multiprocessors) {
   const f64 hits = expected_hits(load.experts, load.slots);
   const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
   const f64 blocks = hits * load.row_tiles / 4 / multiprocessors;  // of 256 rows, a multiprocessor
   if (load.split && mean <= 8 && blocks < 0.83) return kSplitTile;
-  if (load.split && load.first && mean <= 4.7) return kSplitTile;
+  if (load.split && load.first && mean <= 4.7 && blocks < 4.2) return kSplitTile;
   if (mean <= 17) return blocks < 4.5 ? kNarrowTile : kNarrowTile + 1;
-  constexpr f64 kMeans[] = {36, 48, 112};  // most slots an expert of the shapes that follow
+  constexpr f64 kMeans[] = {38, 48, 112};  // most slots an expert of the shapes that follow
   int tile = kNarrowTile + 2;
   for (const f64 most : kMeans) tile += mean > most ? 1 : 0;
   return tile;
@@ -122,8 +122,8 @@ int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   const f64 hits = expected_hits(load.experts, load.slots) / multiprocessors;
   const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]);
   const f64 blocks = hits * load.row_tiles[1] / 4;  // of 256 rows
-  if (load.split && blocks < 6.2) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
-  return blocks < 3.6 ? kWholeTile + 1 : kWholeTile + 2;
+  if (load.split && blocks < 2.4) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
+  return blocks < 4.5 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
 int choose(const Form& form) {
