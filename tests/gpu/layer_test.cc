@@ -549,8 +549,12 @@ TEST_F(BadCall, HostPointersAreNamed) {
   call = mirror.call();
   call.weights.data = host.weights.data;
   expect(layer_->run(call), Reason::memory_misplaced, "topk_weights is in host memory");
-  std::vector<std::byte> memory(layer_->workspace_bytes());
-  expect(layer_->run(mirror.call(), {memory.data(), layer_->workspace_bytes()}), Reason::memory_misplaced, "workspace");
+  const i64 bytes = layer_->workspace_bytes();
+  std::vector<std::byte> memory(bytes + 64);
+  void* aligned = memory.data();  // so that nothing else is wrong with it
+  std::size_t room = memory.size();
+  ASSERT_NE(std::align(64, bytes, aligned, room), nullptr);
+  expect(layer_->run(mirror.call(), {static_cast<std::byte*>(aligned), bytes}), Reason::memory_misplaced, "workspace");
   EXPECT_TRUE(layer_->run(mirror.call()).ok());
   EXPECT_TRUE(layer_->wait().ok());
 }
