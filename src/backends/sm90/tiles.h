@@ -139,7 +139,7 @@ struct Tiles {
   static constexpr bool kSplit = kShape.split;
   static constexpr bool kPowers = kPowersOfTwo;
   static constexpr int kHanded = kShape.handed;
-  // Where unpacking is the limit. With few tokens memory is, and products are a little slower than shifts there.
+  // Where unpacking is the limit; with few tokens memory is.
   static constexpr bool kByProducts = !kSplit && kHanded == 0;
   static constexpr bool kDense = kShape.form.dense;
   static constexpr int kPlanes = kShape.form.planes;

@@ -149,8 +149,8 @@ struct Layer {
     __syncwarp();
   }
 
-  // A single token's row of y, 512 columns at a time and more on their way. Other rows of the tile are whatever they
-  // were: products with them are nobody's.
+  // A single token's row of y, 1024 columns at a time. Other rows of the tile are whatever they were: products with
+  // them are nobody's.
   __device__ bool brings(const gpu::Tile& tile) const { return tile.width == 1 && kSingle; }
   __device__ void bring(S& shared, const gpu::Tile& tile, gpu::Cursor<T::kStages>* cursor) const {
     constexpr int kPieces = 4, kOfStage = T::kDepth * 8;  // 16 bytes: of a lane at once, of a stage
