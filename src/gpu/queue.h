@@ -1,7 +1,7 @@
 // queue: the tiles of one launch that runs both GEMMs of a layer: who takes which, what is done, who adds up.
 //
 // Tiles are taken one at a time, so a block that comes late, or when others have ended, holds none that somebody waits
-// for; so are the parts of the memory of numbers (sm90/numbers.cuh) that are emptied first, and the sums of the output
+// for; so are the parts of the memory of numbers (gpu/numbers.cuh) that are emptied first, and the sums of the output
 // that are made last. What a block has taken early waits for blocks that run already, and for nobody who waits for it.
 // Nobody clears the counters before a launch: they are zero when they are made, launches that follow one another share
 // them, and there are two sets. A launch uses one and clears the other, which the launch before it used. The word of

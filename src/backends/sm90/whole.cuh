@@ -3,10 +3,10 @@
 
 #include "backends/sm90/gemm1.cuh"
 #include "backends/sm90/gemm2.cuh"
-#include "backends/sm90/numbers.cuh"
 #include "backends/sm90/whole.h"
 #include "combine/sum.cuh"
 #include "gpu/isa/order.cuh"
+#include "gpu/numbers.cuh"
 #include "route/pick.cuh"
 
 namespace fourmoe::sm90 {
@@ -157,7 +157,7 @@ struct Layer {
     const int lane = threadIdx.x % 32, end = gemms[1].steps * 8;
     const u16* y = activate.y + i64{shared.job.list[tile.slot].row[0]} * activate.inter;
     for (int first = 0; first < end; first += 32 * kPieces) {
-      Pieces<kPieces> pieces(first + lane, activate.inter / 8);
+      gpu::Pieces<kPieces> pieces(first + lane, activate.inter / 8);
       await(shared.job, gpu::Awaited::tokens, tile.expert,
             [&] { return pieces.fetch(reinterpret_cast<const uint4*>(y), first + lane); });
 #pragma unroll
@@ -240,7 +240,7 @@ struct Layer {
     return gpu::isa::uniform(first);
   }
 
-  __device__ Empties empties() const {
+  __device__ gpu::Empties empties() const {
     const int rows = slots.tokens * (slots.problem.top_k + (shared_expert ? 1 : 0));
     return {reinterpret_cast<uint4*>(activate.y), reinterpret_cast<uint4*>(project.z),
             kSingle ? rows * (activate.inter / 8) : 0, rows * (project.hidden / 4)};
@@ -250,7 +250,7 @@ struct Layer {
   __device__ void empty(Found& found) const {
     gpu::isa::wait_for_earlier();
     gpu::wait(&found.came, 0);
-    const Empties all = empties();
+    const gpu::Empties all = empties();
     const bool leads = threadIdx.x % 32 == 0;
     int part = leads ? queue.take_part(found.set) : 0;
     for (part = gpu::isa::uniform(part); part < all.parts(); part = gpu::isa::uniform(part)) {
@@ -285,9 +285,9 @@ struct Layer {
     template <int kRows>
     __device__ __forceinline__ void read(const gpu::Columns<2>* column, i64 stride, const i32 (&slot)[kRows],
                                          gpu::Columns<2> (&z)[kRows]) const {
-      Pairs<kRows> pairs(slot);
+      gpu::Pairs<kRows> pairs(slot);
       layer.await(found, gpu::Awaited::sums, token, [&] { return pairs.fetch(column, stride, slot); });
-      const u32 lost = found.late ? kNone : 0;  // what was not awaited is no number
+      const u32 lost = found.late ? gpu::kNone : 0;  // what was not awaited is no number
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         z[i] = {__uint_as_float(pairs.at[i].x | lost), __uint_as_float(pairs.at[i].y | lost)};

@@ -6,7 +6,7 @@
 // Tiles of both GEMMs stand in one queue (gpu/queue.h); a tile of gemm2 waits for its own hit's tiles of gemm1 while
 // its weights are on the way, and when no tiles are left blocks share out the output, 64 columns of a token at a time,
 // whose rows of z they add up in the order of picks as these come. z, and the y of a single token, are polled number by
-// number (sm90/numbers.cuh); a hit's y of several tokens has a counter, for there the copy engine brings it.
+// number (gpu/numbers.cuh); a hit's y of several tokens has a counter, for there the copy engine brings it.
 #pragma once
 
 #include "backends/sm90/tiles.h"

@@ -7,7 +7,7 @@
 #include "gpu/isa/order.cuh"
 #include "gpu/values.cuh"
 
-namespace fourmoe::sm90 {
+namespace fourmoe::gpu {
 
 // What stands where there is no number yet: two bf16 or an f32 that are NaN of all ones, which no kernel makes.
 inline constexpr u32 kNone = ~u32{0};
@@ -48,7 +48,7 @@ struct Pieces {
     bool all = true;
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      if (!is_number(at[j])) at[j] = gpu::isa::load_relaxed(row + first + 32 * j);
+      if (!is_number(at[j])) at[j] = isa::load_relaxed(row + first + 32 * j);
     }
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) all = all && is_number(at[j]);
@@ -70,12 +70,12 @@ struct Pairs {
     for (int i = 0; i < kRows; ++i) at[i] = slot[i] < 0 ? uint2{0, 0} : uint2{kNone, kNone};
   }
 
-  __device__ __forceinline__ bool fetch(const gpu::Columns<2>* column, i64 stride, const i32 (&slot)[kRows]) {
+  __device__ __forceinline__ bool fetch(const Columns<2>* column, i64 stride, const i32 (&slot)[kRows]) {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const u32 offset = static_cast<u32>(slot[i]) * static_cast<u32>(stride);
-      if (!is_number(at[i])) at[i] = gpu::isa::load_relaxed(reinterpret_cast<const uint2*>(column) + offset);
+      if (!is_number(at[i])) at[i] = isa::load_relaxed(reinterpret_cast<const uint2*>(column) + offset);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) all = all && is_number(at[i]);
@@ -85,4 +85,4 @@ struct Pairs {
   static __device__ bool is_number(const uint2& v) { return v.x != kNone && v.y != kNone; }
 };
 
-}  // namespace fourmoe::sm90
+}  // namespace fourmoe::gpu
