@@ -22,6 +22,7 @@ struct Setting {
 std::vector<Setting> settings() {
   std::vector<Setting> all;
   for (const i32 tokens : {1, 3, 8, 24, 100}) all.push_back({spec(704, 352, 16, 4, tokens)});
+  for (const i32 inter : {704, 1088, 2112}) all.push_back({spec(256, inter, 8, 2, 1)});  // y in several pieces
   all.push_back({spec(2304, 80, 64, 8, 8)});
   all.push_back({spec(96, 80, 4, 2, 700)});
   all.push_back({spec(256, 1088, 8, 2, 5), true});

@@ -2,8 +2,9 @@
  * another without end and share the queue's memory, each with any number of hits. run.sh searches every interleaving.
  *
  * A launch has BLOCKS thread blocks, of which the machine holds PLACES at once: others come when one has ended. A block
- * is three processes, as its warps are: one empties memory and takes tiles, one brings what a tile needs (and waits for
- * gemm1), one stores, reports and, when no tiles are left, adds up. z is numbers that are polled: what an earlier launch
+ * is three processes: one empties memory and takes tiles, one brings what a tile needs (and waits for gemm1), one stores,
+ * reports and, when no tiles are left, adds up. In the kernel emptying and reporting are a warp of their own, which waits
+ * for nobody, and four warps add up. z is numbers that are polled: what an earlier launch
  * left looks like one until it is emptied. With -DSINGLE y is, too, and nothing is reported. A wait that is not over may
  * be given up at any time; -DPATIENT leaves that out, so that a wait that cannot end is a deadlock. The next launch begins
  * when all blocks have ended, as a stream orders them.
