@@ -1,9 +1,9 @@
-// Numbers that stand for themselves: y and z of the one launch are emptied while experts are picked, and whoever needs
-// a number polls the place where it will be. So nobody waits until stores are known to be done, which takes as long as
-// they do, and nothing says that they are. What is polled is whole: a word of 4 bytes is stored at once.
+// Numbers that stand for themselves: z of the one launch, and the y of a single token, are emptied while experts are
+// picked, and whoever needs a number polls the place where it will be. So nobody waits until stores are known to be
+// done, which takes as long as they do, and nothing says that they are. What is polled is whole: a word of 4 bytes is
+// stored at once.
 #pragma once
 
-#include "gpu/isa/bits.cuh"
 #include "gpu/isa/order.cuh"
 #include "gpu/values.cuh"
 

@@ -1,6 +1,6 @@
 // Tiles of the Hopper room, the device part: slots times packed experts, the body of gemm1, gemm2 and whole. A
 // persistent block has a scheduling warp, two loading warps, warpgroups that unpack and multiply, and an epilogue: in
-// their registers, or (whole) in those of a warpgroup to which they hand their sums.
+// their registers, or (whole) in those of a warpgroup to which they hand their sums, with a warp that reports them.
 #pragma once
 
 #include <cuda.h>
@@ -87,7 +87,7 @@ __device__ int row_blocks(const Operands& operands) {
 //   void store<kWidth>(tile, row_tile, d)  a warpgroup's sums of one row tile; of shapes that hand over instead
 //   void begin(S&)                         the consumers, first; of shapes that hand over
 //   void finish(S&)                        the warpgroup that takes them
-//   void report(S&)                        one warp; a reader of the feed, too
+//   void report(S&)                        one warp, a reader of the feed, too; of shapes that hand over
 
 // One warp: weights into the ring, a lane a row tile.
 template <class T, class Job>

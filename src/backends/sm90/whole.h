@@ -24,7 +24,7 @@ inline constexpr i32 kMostHits = kFewTokens * 32 + 1;  // top_k <= 32, and the s
 struct Work {
   i32* queue = nullptr;  // [queue_shape().words()] zeros before the first of the launches that share it
   u16* rows = nullptr;   // [kFewTokens, hidden] tokens rounded to bf16, where they are not
-  u16* y = nullptr;      // [most_hits * kFewTokens, inter] bf16, hit by token; of a single token [most, inter]
+  u16* y = nullptr;      // [most_hits * kFewTokens, inter] bf16, hit by token; of a single token [top_k + 1, inter]
   f32* z = nullptr;      // [most, hidden]
 };
 
