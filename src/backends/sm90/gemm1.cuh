@@ -39,12 +39,19 @@ struct Activate {
     return {{ldexpf(globals[2 * place.expert], -kProductExponent), up}, {bias_of(gate_bias, index), shift}};
   }
 
+  // Sums become features where they stand: each way of writing them is code once, not once for every activation.
   template <int kSlots, class Place>
   __device__ void store(const Place& place, const Lines& lines, f32 (&d)[kSlots / 2]) const {
     const int feature = feature_of(place);
     if (feature >= inter) return;
-    if (activation.gated()) gated<kSlots>(place, feature, lines, d);
-    else ungated<kSlots>(place, feature, lines, d);
+    if (activation.gated()) {
+      gate<kSlots>(lines, d);
+      write<kSlots, 0>(place, feature, d);
+    } else {
+      square<kSlots>(lines, d);
+      write<kSlots, 0>(place, feature, d);
+      write<kSlots, 1>(place, feature + 8, d);
+    }
   }
 
  private:
@@ -56,16 +63,18 @@ struct Activate {
     return (place.row_tile * 4 + gpu::isa::uniform(threadIdx.x % 128 / 32)) * features;
   }
 
-  // Kinds stand outside the loop over slots: inside it, unrolled, they would be a hundred kilobytes of code.
-  template <int kSlots, class Place>
-  __device__ void gated(const Place& place, int feature, const Lines& lines, const f32 (&d)[kSlots / 2]) const {
+  // Rows g. Kinds stand outside the loop over slots: inside it, unrolled, they would be a hundred kilobytes of code.
+  template <int kSlots>
+  __device__ void gate(const Lines& lines, f32 (&d)[kSlots / 2]) const {
     const auto each = [&](auto kind) {
       Activation fixed = activation;
       fixed.kind = decltype(kind)::value;
-      write<kSlots>(place, feature, [&](int i) {
-        return gemm1::activate(fixed, d[i] * lines.scale[0] + lines.shift[0],
-                               d[i + 2] * lines.scale[1] + lines.shift[1]);
-      });
+#pragma unroll
+      for (int j = 0; j < kSlots / 4; ++j) {
+        f32* at = d + j / 2 * 4 + j % 2;
+        at[0] =
+            gemm1::activate(fixed, at[0] * lines.scale[0] + lines.shift[0], at[2] * lines.scale[1] + lines.shift[1]);
+      }
     };
     using enum ActivationKind;
     switch (activation.kind) {
@@ -77,14 +86,13 @@ struct Activate {
     }
   }
 
-  template <int kSlots, class Place>
-  __device__ void ungated(const Place& place, int feature, const Lines& lines, const f32 (&d)[kSlots / 2]) const {
+  // Rows g and g + 8.
+  template <int kSlots>
+  __device__ void square(const Lines& lines, f32 (&d)[kSlots / 2]) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      write<kSlots>(place, feature + 8 * half, [&](int i) {
-        return gemm1::activate(Activation{ActivationKind::relu2}, 0.0f,
-                               d[i + 2 * half] * lines.scale[half] + lines.shift[half]);
-      });
+    for (int i = 0; i < kSlots / 2; ++i) {
+      const int half = i % 4 / 2;
+      d[i] = gemm1::activate(Activation{ActivationKind::relu2}, 0.0f, d[i] * lines.scale[half] + lines.shift[half]);
     }
   }
 
@@ -94,15 +102,15 @@ struct Activate {
     return {*reinterpret_cast<const u32*>(&pair), 0};
   }
 
-  // A warp's 8 features of all slots: value(4j + c) is feature g of slot 8j + 2t + c.
-  template <int kSlots, class Place, class Value>
-  __device__ void write(const Place& place, int feature, const Value& value) const {
-    if (y == nullptr) return write_wide<kSlots>(place, feature, value);
+  // A warp's 8 features of all slots: d[4j + 2 kHalf + c] is feature g of slot 8j + 2t + c.
+  template <int kSlots, int kHalf, class Place>
+  __device__ void write(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
+    if (y == nullptr) return write_wide<kSlots, kHalf>(place, feature, d);
     const int lane = threadIdx.x % 32;
     u16* row = y + i64{place.row(lane / 4)} * inter + feature + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
-      const gpu::Planes pair = planes_of(value(4 * j), value(4 * j + 1));
+      const gpu::Planes pair = planes_of(d[4 * j + 2 * kHalf], d[4 * j + 2 * kHalf + 1]);
       const u32 high = gpu::isa::transpose(pair.high);  // slot 8j + g, features 2t, 2t + 1
       const u32 low = kPlanes == 2 ? gpu::isa::transpose(pair.low) : 0;
       if (place.uses(8 * j + lane / 4)) {
@@ -113,15 +121,15 @@ struct Activate {
     }
   }
 
-  template <int kSlots, class Place, class Value>
-  __device__ void write_wide(const Place& place, int feature, const Value& value) const {
+  template <int kSlots, int kHalf, class Place>
+  __device__ void write_wide(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
     const int lane = threadIdx.x % 32;
     const int first = lane % 4 * 2;
     f32* row = y_wide + i64{place.row(first)} * inter + feature + lane / 4;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
-      if (place.uses(first + 8 * j)) row[0] = value(4 * j);
-      if (place.uses(first + 8 * j + 1)) row[inter] = value(4 * j + 1);
+      if (place.uses(first + 8 * j)) row[0] = d[4 * j + 2 * kHalf];
+      if (place.uses(first + 8 * j + 1)) row[inter] = d[4 * j + 2 * kHalf + 1];
       row = gpu::isa::advance(row, i64{8} * inter * sizeof(f32));
     }
   }
