@@ -10,43 +10,97 @@
 namespace fourmoe::sm90 {
 namespace {
 
-// Every (slot, row block) of every expert is in one tile, whose N no narrower one of the list could replace.
 template <class T>
-void expect_cover(const std::vector<int>& counts, int row_blocks) {
+int narrowest(int slots) {
+  int n = T::size(0);
+  for (int width = 0; width < T::kWidths; ++width) n = T::size(width) >= slots ? T::size(width) : n;
+  return n;
+}
+
+// The slots of the tiles of one row block, in order of slots, and their N.
+struct Cut {
+  std::vector<int> slots, sizes;
+};
+
+// The tiles of an expert with slots [begin, begin + count) as they are counted: widths, row blocks and slots ascend,
+// and every row block has the same.
+template <class T>
+Cut cut(int expert, int begin, int count, int row_blocks) {
   using Order = gpu::TileOrder<T>;
-  int begin = 0;
-  for (int expert = 0; expert < static_cast<int>(counts.size()); ++expert) {
-    const int count = counts[expert], end = begin + count;
-    std::vector<int> seen(static_cast<std::size_t>(count) * row_blocks, 0);
-    for (int width = 0; width < T::kWidths; ++width) {
-      const int tiles = Order::tiles(count, width);
-      for (int within = 0; within < tiles * row_blocks; ++within) {
-        const gpu::Tile tile = Order::tile(width, expert, begin, end, tiles, within);
-        ASSERT_EQ(tile.expert, expert);
-        ASSERT_GE(tile.slots, 1);
-        ASSERT_LE(tile.slots, T::size(width));
-        if (width + 1 < T::kWidths) {
-          ASSERT_GT(tile.slots, T::size(width + 1)) << count;
-        }
-        for (int slot = tile.slot; slot < tile.slot + tile.slots; ++slot) {
-          ++seen[static_cast<std::size_t>(slot - begin) * row_blocks + tile.row_block];
-        }
-      }
+  std::vector<Cut> cuts(row_blocks);
+  std::vector<int> next(row_blocks, begin);
+  for (int width = 0; width < T::kWidths; ++width) {
+    const int tiles = Order::tiles(count, width);
+    for (int within = 0; within < tiles * row_blocks; ++within) {
+      const gpu::Tile tile = Order::tile(width, expert, begin, begin + count, tiles, within);
+      EXPECT_EQ(tile.width, width);
+      EXPECT_EQ(tile.expert, expert);
+      EXPECT_EQ(tile.row_block, within / tiles);
+      EXPECT_EQ(tile.slot, next.at(tile.row_block));
+      next.at(tile.row_block) += tile.slots;
+      cuts[tile.row_block].slots.push_back(tile.slots);
+      cuts[tile.row_block].sizes.push_back(T::size(width));
     }
-    for (const int times : seen) ASSERT_EQ(times, 1) << "expert of " << count << " slots";
-    begin = end;
+  }
+  for (int block = 0; block < row_blocks; ++block) {
+    EXPECT_EQ(next[block], begin + count);  // with tile.slot above: every slot is in one tile
+    EXPECT_EQ(cuts[block].slots, cuts[0].slots);
+  }
+  return cuts[0];
+}
+
+// As few tiles as the widest N allows; all but the last of one N and full; no narrower N would do.
+template <class T>
+void expect_cut(const Cut& cut, int count) {
+  const int tiles = static_cast<int>(cut.slots.size());
+  ASSERT_EQ(tiles, (count + T::size(0) - 1) / T::size(0));
+  for (int i = 0; i < tiles; ++i) {
+    ASSERT_GE(cut.slots[i], 1);
+    ASSERT_EQ(cut.sizes[i], i + 1 < tiles ? cut.sizes[0] : narrowest<T>(cut.slots[i]));
+    if (i + 1 < tiles) {
+      ASSERT_EQ(cut.slots[i], cut.sizes[i]);
+    }
+  }
+  for (int width = 0; width < T::kWidths && tiles > 0; ++width) {
+    if (T::size(width) < cut.sizes[0]) {
+      ASSERT_LT(T::size(width) * tiles, count);
+    }
+  }
+}
+
+template <class T>
+void expect_cover(int most, int row_blocks) {
+  for (int width = 0; width < T::kWidths; ++width) {
+    ASSERT_EQ(T::size(width) % 8, 0);
+    if (width > 0) {
+      ASSERT_LT(T::size(width), T::size(width - 1));
+    }
+  }
+  int begin = 0;
+  for (int count = 0; count <= most; begin += count, ++count) {
+    SCOPED_TRACE(::testing::Message() << "an expert of " << count << " slots, widest N " << T::size(0));
+    expect_cut<T>(cut<T>(count, begin, count, row_blocks), count);
+    if (::testing::Test::HasFailure()) return;
   }
 }
 
 template <int... kTiles>
-void expect_cover_of_all(const std::vector<int>& counts, std::integer_sequence<int, kTiles...>) {
-  (expect_cover<Tiles<kTiles>>(counts, 3), ...);
+void expect_cover_of_all(int most, std::integer_sequence<int, kTiles...>) {
+  (expect_cover<Tiles<kTiles>>(most, 3), ...);
 }
 
-TEST(TileOrder, CoversEverySlotOnce) {
-  std::vector<int> counts;
-  for (int count = 0; count <= 600; ++count) counts.push_back(count);
-  expect_cover_of_all(counts, std::make_integer_sequence<int, kTileShapeCount>());
+TEST(TileOrder, CoversEverySlotOnce) { expect_cover_of_all(1600, std::make_integer_sequence<int, kTileShapeCount>()); }
+
+// Two tiles of like N, not a full one and one of few slots.
+TEST(TileOrder, CutsEvenly) {
+  using T = Tiles<6>;
+  static_assert(T::size(0) == 256);
+  EXPECT_EQ(cut<T>(0, 0, 256, 1).slots, (std::vector<int>{256}));
+  for (int count = 257; count < 288; ++count) {
+    const Cut found = cut<T>(0, 0, count, 1);
+    ASSERT_EQ(found.slots.size(), 2u);
+    EXPECT_LE(found.slots[0] - found.slots[1], 32) << count;
+  }
 }
 
 TEST(TileChoice, FollowsTheSlotsOfAnExpert) {

@@ -92,7 +92,8 @@ class Schedule {
     const int expert = first + lane;
     const int count = expert < experts_ ? expert_begin_[expert + 1] - expert_begin_[expert] : 0;
     const int tiles = TileOrder<T>::tiles(count, width);
-    int end = tiles * row_blocks_;  // inclusive sum over lanes
+    if (!__any_sync(~0u, tiles > 0)) return;  // most widths of a long list are those of no expert
+    int end = tiles * row_blocks_;            // inclusive sum over lanes
     for (int distance = 1; distance < 32; distance *= 2) {
       const int left = __shfl_up_sync(~0u, end, distance);
       if (lane >= distance) end += left;

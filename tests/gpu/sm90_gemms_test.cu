@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <iterator>
 #include <random>
 #include <set>
 
@@ -143,11 +144,19 @@ struct Error {
   f64 relative() const { return std::sqrt(difference / std::max(norm, 1e-300)); }
 };
 
-// Slots of each expert; one has none.
-std::vector<i32> random_begins(int experts, int mean, std::mt19937_64& random) {
+constexpr int kEveryWidth = 2 + static_cast<int>(std::size(TileShape{}.sizes));  // experts
+
+// Slots of each expert; one has none. Of kEveryWidth experts each N of the shape has one.
+std::vector<i32> random_begins(int experts, const TileShape& shape, std::mt19937_64& random) {
+  const int most = 2 * (shape.sizes[0] * 3 / 4 + 1);
   std::vector<i32> begin(1, 0);
-  for (int e = 0; e < experts; ++e)
-    begin.push_back(begin.back() + (e == 1 ? 0 : 1 + static_cast<int>(random() % (2 * mean))));
+  for (int e = 0; e < experts; ++e) {
+    int count = e == 1 ? 0 : 1 + static_cast<int>(random() % most);
+    if (experts == kEveryWidth && e >= 2 && shape.sizes[e - 2] > 0) {
+      count = shape.sizes[e - 2] - static_cast<int>(random() % 8);
+    }
+    begin.push_back(begin.back() + count);
+  }
   return begin;
 }
 
@@ -160,7 +169,7 @@ void check(const Size& size, int tile, bool biases, ActivationKind kind, bool po
   const Form form = kTileShapes[tile].form;
   const Encoding encoding = form.dense ? Encoding::bf16 : powers ? Encoding::mxfp4 : Encoding::nvfp4;
   const Layer layer(size, encoding, random);
-  const std::vector<i32> begin = random_begins(size.experts, kTileShapes[tile].sizes[0] * 3 / 4 + 1, random);
+  const std::vector<i32> begin = random_begins(size.experts, kTileShapes[tile], random);
   const i64 slots = begin.back(), max_slots = slots + 40;
   Tokens x(form.planes, max_slots, size.hidden);
   for (i64 i = 0; i < slots * size.hidden; ++i) x.set(i, random_floats(1, 1.0f, random)[0]);
@@ -233,9 +242,11 @@ TEST_P(Gemms, MatchSumsInDouble) {
   check({512, 352, 6, true}, tile, false, kinds[(tile + 1) % 4]);
   check({2688, 1856, 2, false}, tile, tile % 2 == 0, relu2);
   check({2880, 704, 3, true}, tile, true, kinds[(tile + 2) % 4]);
+  check({192, 96, kEveryWidth, true}, tile, true, kinds[(tile + 3) % 4]);
   if (kTileShapes[tile].form.dense) return;
   check({2880, 96, 3, true}, tile, true, swiglu_clamped, true);
   check({160, 1056, 4, false}, tile, false, relu2, true);
+  check({128, 96, kEveryWidth, false}, tile, true, relu2, true);
 }
 
 TEST_P(Gemms, SmallMatchSumsInDouble) {  // for the sanitizers

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "flow.h"
@@ -59,7 +60,7 @@ struct TileShape {
   i32 rows;      // row tiles of each warpgroup
   i32 stages;    // of the ring
   bool split;    // warpgroups share their row tiles and take turns at the K steps; sums are added in a fixed order
-  i32 sizes[6];  // descending; 0 ends the list
+  i32 sizes[8];  // descending; 0 ends the list
   i32 feed = 4;  // tiles known ahead, see gpu/schedule.cuh
   Form form = {};
   i32 handed = 0;  // tiles whose sums may wait for an epilogue in a warpgroup of its own; 0: it is the consumers' own
@@ -74,9 +75,9 @@ inline constexpr TileShape kTileShapes[] = {
     {4, 1, 8, false, {24, 16, 8}},
     {4, 2, 5, false, {24, 16, 8}},
     {4, 2, 4, false, {48, 40, 32, 24, 16, 8}},
-    {4, 1, 6, false, {64, 48, 40, 32, 24, 16}},
-    {2, 2, 4, false, {128, 96, 64, 48, 32, 16}},
-    {2, 1, 3, false, {256, 192, 128, 96, 64, 32}},
+    {4, 1, 6, false, {64, 56, 48, 40, 32, 16}},
+    {2, 2, 4, false, {144, 128, 112, 96, 80, 64, 48, 32}},
+    {2, 1, 3, false, {256, 224, 192, 176, 160, 144, 128, 64}},
     {4, 1, 4, false, {64, 48, 32, 24, 16, 8}, 4, {false, 2}},
     {2, 1, 4, false, {64, 48, 32, 24, 16, 8}, 4, {true, 1}},
     {2, 1, 3, false, {64, 48, 32, 24, 16, 8}, 4, {true, 2}},
@@ -160,14 +161,7 @@ struct Tiles {
   static constexpr int kFinisherRegisters = 2 * kLaunchRegisters - kLoaderRegisters;
 
   // The N of number `width`.
-  FOURMOE_HD static constexpr int size(int width) {
-    return width == 0   ? kSize<0>
-           : width == 1 ? kSize<1>
-           : width == 2 ? kSize<2>
-           : width == 3 ? kSize<3>
-           : width == 4 ? kSize<4>
-                        : kSize<5>;
-  }
+  FOURMOE_HD static constexpr int size(int width) { return size(width, std::make_integer_sequence<int, kWidths>()); }
   template <int kWidth>
   static constexpr int kSize = kShape.sizes[kWidth];
 
@@ -178,6 +172,14 @@ struct Tiles {
     u8 tokens[kDepth][kPlanes * kPlaneBytes];  // rows of 64 columns, 128-byte swizzle
     u8 weights[kRowTiles][kDepth][kWeightBytes];
   };
+
+ private:
+  template <int... kWidth>
+  FOURMOE_HD static constexpr int size(int width, std::integer_sequence<int, kWidth...>) {
+    int found = 0;
+    ((found = width == kWidth ? kSize<kWidth> : found), ...);
+    return found;
+  }
 };
 
 }  // namespace fourmoe::sm90
