@@ -9,7 +9,7 @@ namespace fourmoe::gpu {
 namespace {
 
 std::string awaited(u64 key) {
-  switch (static_cast<Awaited>(fault_byte(key))) {
+  switch (static_cast<Awaited>(fault_token(key))) {
     case Awaited::empty: return "memory to be emptied";
     case Awaited::tokens: return fmt::format("gemm1 of local expert {}", fault_position(key));
     case Awaited::sums: return fmt::format("gemm2 of token {}", fault_position(key));

@@ -43,7 +43,7 @@ struct Pieces {
     }
   }
 
-  // A warp: fetches those that are not there; true once all are, in all lanes.
+  // Fetches those that are not there; true once all are.
   __device__ __forceinline__ bool fetch(const uint4* row, int first) {
     bool all = true;
 #pragma unroll
@@ -52,7 +52,7 @@ struct Pieces {
     }
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) all = all && is_number(at[j]);
-    return __all_sync(~0u, all);
+    return all;
   }
 
   static __device__ bool is_number(const uint4& v) {
@@ -79,7 +79,7 @@ struct Pairs {
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) all = all && is_number(at[i]);
-    return __all_sync(~0u, all);
+    return all;
   }
 
   static __device__ bool is_number(const uint2& v) { return v.x != kNone && v.y != kNone; }

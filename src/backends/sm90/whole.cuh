@@ -156,10 +156,11 @@ struct Layer {
     constexpr int kPieces = 4, kOfStage = T::kDepth * 8;  // 16 bytes: of a lane at once, of a stage
     const int lane = threadIdx.x % 32, end = gemms[1].steps * 8;
     const u16* y = activate.y + i64{shared.job.list[tile.slot].row[0]} * activate.inter;
+    const i64 begin = clock64();
     for (int first = 0; first < end; first += 32 * kPieces) {
       gpu::Pieces<kPieces> pieces(first + lane, activate.inter / 8);
-      await(shared.job, gpu::Awaited::tokens, tile.expert,
-            [&] { return pieces.fetch(reinterpret_cast<const uint4*>(y), first + lane); });
+      await_since(begin, shared.job, gpu::Awaited::tokens, tile.expert,
+                  [&] { return pieces.fetch(reinterpret_cast<const uint4*>(y), first + lane); });
 #pragma unroll
       for (int stage = 0; stage < 32 * kPieces / kOfStage; ++stage) {
         if (first + stage * kOfStage >= end) break;
@@ -267,11 +268,15 @@ struct Layer {
     __syncwarp();
   }
 
-  // A warp: until done(). A wait that is given up ends all waits of the block.
+  // A warp: until done() in all lanes. A wait that is given up ends all waits of the block.
   template <class Done>
   __device__ __forceinline__ void await(Found& found, gpu::Awaited awaited, int of, const Done& done) const {
-    const i64 begin = clock64();
-    while (!done() && !found.late) {
+    await_since(clock64(), found, awaited, of, done);
+  }
+  template <class Done>
+  __device__ __forceinline__ void await_since(i64 begin, Found& found, gpu::Awaited awaited, int of,
+                                              const Done& done) const {
+    while (!__all_sync(~0u, done()) && !__any_sync(~0u, found.late)) {
       if (clock64() - begin > wait_cycles) give_up(found, awaited, of);
     }
   }
@@ -449,7 +454,7 @@ struct Layer {
   }
 
   __device__ void give_up(Found& found, gpu::Awaited awaited, int of) const {
-    const u64 key = gpu::fault_key(gpu::FaultKind::wait, 0, of, static_cast<u8>(awaited));
+    const u64 key = gpu::fault_key(gpu::FaultKind::wait, static_cast<i32>(awaited), of);
     atomicMin(reinterpret_cast<unsigned long long*>(&slots.fault->first), key);
     found.late = true;
   }
