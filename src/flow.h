@@ -176,6 +176,8 @@ struct Step {
   // Memory that it keeps between the calls that share a workspace, zeros at first. Null: none.
   i64 (*kept)(const Problem&, const Machine&) = nullptr;
   bool takes_shared = false;  // it computes the layer's shared expert too where Args::shared asks for it
+  // Whether the rule takes it before other steps that serve; a choice may take it all the same. Null: always.
+  bool (*suits)(const Problem&, const Machine&, i64 tokens) = nullptr;
 
   // A step of a room, which --backend can name, and not a stage's own body.
   bool in_room() const { return room != "host" && room != "device"; }

@@ -180,10 +180,15 @@ void list_choices(const Plan& plan, const Choice& begun, int stage, std::vector<
   }
 }
 
-// The list's order, but steps of the room that was asked for come before the host's bodies.
-std::vector<Candidate> preferred(std::vector<Candidate> candidates, const Request& request) {
+// The list's order, but steps of the room that was asked for come before the host's bodies, and those that do not suit
+// come last.
+std::vector<Candidate> preferred(std::vector<Candidate> candidates, const Plan& plan, const Request& request) {
+  const i64 tokens = bucket_of(plan.problem.max_tokens);
   std::stable_partition(candidates.begin(), candidates.end(),
                         [&](const Candidate& c) { return c.step->room == request.backend; });
+  std::stable_partition(candidates.begin(), candidates.end(), [&](const Candidate& c) {
+    return !c.verdict.accepted() || c.step->suits == nullptr || c.step->suits(plan.problem, plan.machine, tokens);
+  });
   return candidates;
 }
 
@@ -317,7 +322,7 @@ Status make(const Problem& problem, const Machine& machine, const Request& reque
   }
   if (!general.accepted()) return refuse(general.reason, general.detail);
   if (Status status = check_device(machine); !status.ok()) return status;
-  if (!cover(preferred(out->candidates, request), 0, &out->steps)) return refuse_plan(*out);
+  if (!cover(preferred(out->candidates, *out, request), 0, &out->steps)) return refuse_plan(*out);
   out->variants.resize(out->steps.size());
   for (const Step* step : out->steps) {
     if (step->in_room()) out->backend = step->room;
