@@ -135,21 +135,45 @@ TEST(Plan, Int8NeedsNoMoreMemoryThanW4a16) {
 
 TEST(DevicePlan, FewTokensTakeOneStep) {
   Problem p = usual();
-  p.max_tokens = 8;
+  p.experts = p.local_experts = 64;
+  p.max_tokens = 64;
   Plan plan;
   ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
   EXPECT_EQ(steps(plan), "sm90.whole");
-  p.max_tokens = 9;
+  p.max_tokens = 65;
   ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
   EXPECT_EQ(steps(plan), "device.route sm90.gemm1 sm90.gemm2 device.combine");
-  EXPECT_NE(find(plan, "sm90", "whole").verdict.detail.find("up to 8 would pass"), std::string::npos);
+  EXPECT_NE(find(plan, "sm90", "whole").verdict.detail.find("up to 64 would pass"), std::string::npos);
+  p.max_tokens = 48;
+  p.top_k = 11;
+  ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
+  EXPECT_EQ(steps(plan), "device.route sm90.gemm1 sm90.gemm2 device.combine");
+  EXPECT_NE(find(plan, "sm90", "whole").verdict.detail.find("up to 46 would pass"), std::string::npos);
+}
+
+// Where an expert would be multiplied again and again: the rule takes the split steps, a choice what it names.
+TEST(DevicePlan, ManyTokensAnExpertTakeTheSplitSteps) {
+  Problem p = usual();
+  p.max_tokens = 16;  // 4 picks an expert
+  Plan plan;
+  ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
+  EXPECT_EQ(steps(plan), "device.route sm90.gemm1 sm90.gemm2 device.combine");
+  ASSERT_TRUE(make(p, with_h200(0), {"auto", {}, {"sm90.whole"}}, &plan).ok());
+  EXPECT_EQ(steps(plan), "sm90.whole");
+  p.max_tokens = 8;
+  ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
+  EXPECT_EQ(steps(plan), "sm90.whole");
+  p = cases::problem(2048, 768, 128, 8);
+  p.max_tokens = 64;  // 4 picks, too, but tiles enough
+  ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
+  EXPECT_EQ(steps(plan), "sm90.whole");
 }
 
 // What a step kept for a workspace is where it was after another choice, and of the same size.
 TEST(DevicePlan, KeepsTheSameMemoryWhateverIsChosen) {
   Problem p = usual();
   i64 kept = 0;
-  for (const i32 tokens : {1, 3, 8}) {
+  for (const i32 tokens : {1, 3, 8, 64}) {
     p.max_tokens = tokens;
     Plan whole, split;
     ASSERT_TRUE(make(p, with_h200(0), {"auto", {}, {"sm90.whole"}}, &whole).ok());
@@ -167,7 +191,7 @@ TEST(DevicePlan, KeepsTheSameMemoryWhateverIsChosen) {
     }
     kept = whole.kept_bytes;
   }
-  p.max_tokens = 64;
+  p.max_tokens = 65;
   Plan many;
   ASSERT_TRUE(make(p, with_h200(0), {}, &many).ok());
   EXPECT_EQ(many.kept_bytes, 0);

@@ -77,8 +77,8 @@ TEST(Sizes, WithoutMeasurementsTheRuleDecides) {
     EXPECT_FALSE(size.measured);
     EXPECT_LE(size.plan.workspace_bytes, made.workspace_bytes());
   }
-  EXPECT_EQ(plan::choice_of(made.at(8).plan), kWhole);
-  EXPECT_EQ(plan::choice_of(made.at(9).plan), kSplit);
+  EXPECT_EQ(plan::choice_of(made.at(64).plan), kWhole);
+  EXPECT_EQ(plan::choice_of(made.at(65).plan), kSplit);
   EXPECT_EQ(made.at(33).plan.problem.max_tokens, 48);
   EXPECT_EQ(made.at(97).plan.problem.max_tokens, 100);
 }
@@ -92,9 +92,9 @@ TEST(Sizes, OfTheHostAreOne) {
 }
 
 TEST(Sizes, FollowWhatWasMeasured) {
-  const Problem p = usual(64);
+  const Problem p = usual(96);
   const std::string tile = "sm90.gemm1 4x2x5:24,16,8";
-  const Stored stored(p, {{4, kSplit}, {16, {"device.route", tile, "sm90.gemm2", "device.combine"}}});
+  const Stored stored(p, {{4, kSplit}, {96, {"device.route", tile, "sm90.gemm2", "device.combine"}}});
   const Sizes made = sizes(p, stored.path());
   EXPECT_EQ(made.at(3).source, Source::rule);
   EXPECT_EQ(made.at(4).source, Source::tuned);
@@ -102,7 +102,7 @@ TEST(Sizes, FollowWhatWasMeasured) {
   EXPECT_EQ(made.at(4).measured->seconds, 1e-5);
   EXPECT_EQ(plan::choice_of(made.at(8).plan), kWhole);
   EXPECT_EQ(made.at(8).source, Source::rule);
-  const plan::Plan& named = made.at(16).plan;
+  const plan::Plan& named = made.at(96).plan;
   EXPECT_EQ(plan::choice_of(named)[1], tile);
   EXPECT_EQ(sm90::name_of(sm90::kTileShapes[named.variants[1].number]), "4x2x5:24,16,8");
   EXPECT_EQ(named.variants[2].number, -1);
@@ -141,13 +141,13 @@ TEST(Sizes, LeaveWhatWasMeasuredForSomethingElse) {
 }
 
 TEST(Sizes, AChoiceThatCannotBeFollowedIsNone) {
-  const Problem p = usual(64);
+  const Problem p = usual(96);
   const std::vector<plan::Choice> bad = {
       {"sm90.gemm1"},
       {"device.route", "sm90.gemm1", "sm90.gemm2"},
       {"device.route", "sm90.gemm1 9x9x9:8", "sm90.gemm2", "device.combine"},
       {"device.route", "sm90.gemm1 ", "sm90.gemm2", "device.combine"},
-      {"sm90.whole"},  // not for 16 tokens
+      {"sm90.whole"},  // not for 96 tokens
       {"sm90.whole", "sm90.whole"},
       {"reference.whole"},
       {"device.route", "sm100.gemm1", "sm90.gemm2", "device.combine"},
@@ -155,11 +155,11 @@ TEST(Sizes, AChoiceThatCannotBeFollowedIsNone) {
       {"", "", "", ""},
   };
   for (const plan::Choice& choice : bad) {
-    const Stored stored(p, {{16, choice}});
+    const Stored stored(p, {{96, choice}});
     const Sizes made = sizes(p, stored.path());
-    EXPECT_EQ(made.at(16).source, Source::rule) << choice.front();
-    EXPECT_EQ(plan::choice_of(made.at(16).plan), kSplit);
-    EXPECT_FALSE(made.at(16).measured);
+    EXPECT_EQ(made.at(96).source, Source::rule) << choice.front();
+    EXPECT_EQ(plan::choice_of(made.at(96).plan), kSplit);
+    EXPECT_FALSE(made.at(96).measured);
   }
 }
 
@@ -180,14 +180,14 @@ TEST(Sizes, BatchInvariantOnesLeaveOutSplitSums) {
 }
 
 TEST(Sizes, CanBeChosen) {
-  Sizes made = sizes(usual(64), "");
+  Sizes made = sizes(usual(96), "");
   ASSERT_TRUE(made.choose(7, kSplit).ok());
   EXPECT_EQ(plan::choice_of(made.at(8).plan), kSplit);
   EXPECT_EQ(plan::choice_of(made.at(4).plan), kWhole);
-  const Status refused = made.choose(16, kWhole);
+  const Status refused = made.choose(96, kWhole);
   EXPECT_EQ(refused.reason, Reason::no_plan);
   EXPECT_NE(refused.detail.find("sm90.whole"), std::string::npos);
-  EXPECT_EQ(plan::choice_of(made.at(16).plan), kSplit);
+  EXPECT_EQ(plan::choice_of(made.at(96).plan), kSplit);
   ASSERT_TRUE(made.choose(8, {}).ok());
   EXPECT_EQ(plan::choice_of(made.at(8).plan), kWhole);
 }

@@ -26,6 +26,7 @@ std::vector<Setting> settings() {
   all.push_back({spec(2304, 80, 64, 8, 8)});
   all.push_back({spec(96, 80, 4, 2, 700)});
   all.push_back({spec(256, 1088, 8, 2, 5), true});
+  all.push_back({spec(256, 1088, 8, 2, 20), true});
   all.push_back({spec(256, 1088, 8, 2, 60), true});
   all.push_back({spec(192, 64, 8, 2, 12)});
   all.back().spec.problem.encoding = format::Encoding::mxfp4;

@@ -80,7 +80,7 @@ TEST_P(Replays, NeitherHangNorDiffer) {
   spec.tokens = GetParam();
   LayerOptions options;
   options.device = 0;
-  options.max_tokens = 8;
+  options.max_tokens = 32;
   Layer layer(cases::random_layer(spec.problem, 1, true), options);
   gpu::OwnStream stream, other;
   throw_unless_ok(gpu::OwnStream::make(&stream));
@@ -114,7 +114,7 @@ TEST_P(Replays, NeitherHangNorDiffer) {
   EXPECT_EQ(different.download()[0], 0u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Tokens, Replays, ::testing::Values(1, 2, 8));
+INSTANTIATE_TEST_SUITE_P(Tokens, Replays, ::testing::Values(1, 2, 8, 32));
 
 }  // namespace
 }  // namespace fourmoe

@@ -26,7 +26,7 @@ const plan::Choice kWhole = {"sm90.whole"};
 LayerOptions options() {
   LayerOptions how;
   how.device = 0;
-  how.max_tokens = 8;
+  how.max_tokens = sm90::kFewTokens;
   how.batch_invariant = true;
   how.tuning = "";
   return how;
@@ -83,6 +83,13 @@ Result expect_same(Layer* layer, const cases::Call& call, std::vector<f32>* logi
   return split;
 }
 
+// As columns; as hits of one expert, up to eight, the last full or not.
+std::vector<i32> token_counts(i32 top_k) {
+  std::vector<i32> all = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 32, 40, 63, 64};
+  std::erase_if(all, [&](i32 tokens) { return tokens * top_k > sm90::kFewPicks; });
+  return all;
+}
+
 struct Form {
   const char* name;
   i32 experts;
@@ -136,9 +143,9 @@ class EveryForm : public ::testing::TestWithParam<Form> {
 TEST_P(EveryForm, GivesTheBitsOfTheSplitSteps) {
   FOURMOE_NEEDS_HOPPER();
   Layer layer(weights(), options());
-  for (i32 tokens = 1; tokens <= 8; ++tokens) {
+  for (const i32 tokens : token_counts(layer.problem().top_k)) {
     const cases::Call call(spec(layer, tokens));
-    for (int turn = 0; turn < 4; ++turn) {
+    for (int turn = 0; turn < (tokens <= 8 ? 4 : 2); ++turn) {
       std::vector<f32> logits = random_logits(layer.problem(), tokens, 100 * tokens + turn);
       SCOPED_TRACE(std::to_string(tokens) + " tokens, turn " + std::to_string(turn));
       expect_same(&layer, call, turn == 0 ? nullptr : &logits);
@@ -149,7 +156,8 @@ TEST_P(EveryForm, GivesTheBitsOfTheSplitSteps) {
 TEST_P(EveryForm, RefusesTheSameTokens) {
   FOURMOE_NEEDS_HOPPER();
   Layer layer(weights(), options());
-  for (const i32 tokens : {5, 1}) {
+  for (const i32 tokens : {5, 1, 20, 50}) {
+    if (tokens * layer.problem().top_k > sm90::kFewPicks) continue;
     const cases::Call call(spec(layer, tokens));
     std::vector<f32> logits = random_logits(layer.problem(), tokens, 7);
     logits[i64{tokens / 2} * layer.problem().experts] = NAN;
@@ -193,7 +201,7 @@ TEST_P(SharedExpert, GivesTheSameBitsInEveryPlan) {
   }
   Layer layer(weights, options());
   ASSERT_TRUE(layer.plan(1).takes_shared());
-  for (i32 tokens = 1; tokens <= 8; ++tokens) {
+  for (const i32 tokens : token_counts(s.problem.top_k)) {
     s.tokens = tokens;
     s.routes = tokens % 3 == 0 ? cases::Routes::holes : cases::Routes::random;
     const cases::Call call(s);
@@ -303,7 +311,8 @@ TEST(OneLaunch, OfMxfp4GivesTheBitsOfTheSplitSteps) {
   s.problem.activation.alpha = 1.702f;
   s.problem.activation.limit = 7.0f;
   Layer layer(cases::random_layer(s.problem, 3, true), options());
-  for (s.tokens = 1; s.tokens <= 8; ++s.tokens) {
+  for (const i32 tokens : token_counts(s.problem.top_k)) {
+    s.tokens = tokens;
     const cases::Call call(s);
     std::vector<f32> logits = random_logits(layer.problem(), s.tokens, s.tokens);
     SCOPED_TRACE(s.tokens);
@@ -320,7 +329,8 @@ TEST(OneLaunch, SameExpertTwice) {
     s.problem.local_experts = local;
     s.routes = cases::Routes::one_expert;
     Layer layer(cases::random_layer(s.problem, 1, false), options());
-    for (s.tokens = 1; s.tokens <= 3; ++s.tokens) {
+    for (const i32 tokens : {1, 2, 3, 8, 9, 25, 64}) {
+      s.tokens = tokens;
       SCOPED_TRACE(std::to_string(s.tokens) + " tokens, " + std::to_string(local) + " experts");
       expect_same(&layer, cases::Call(s), nullptr);
     }
@@ -341,8 +351,8 @@ class GivenUp : public ::testing::Test {
     call_ = std::make_unique<cases::Call>(spec_);
     const Problem& p = spec_.problem;
     const i64 most = sm90::most_rows(p);
-    queue_ = DeviceVector<i32>(std::vector<i32>(sm90::queue_shape(p, machine().devices[0].sms).words(), 0));
-    y_ = DeviceVector<u16>(i64{sm90::most_hits(p)} * sm90::kFewTokens * p.inter);
+    queue_ = DeviceVector<i32>(std::vector<i32>(sm90::queue_shape(machine().devices[0].sms).words(), 0));
+    y_ = DeviceVector<u16>(i64{sm90::most_hits(p)} * sm90::kHitTokens * p.inter);
     z_ = DeviceVector<f32>(most * p.hidden);
     hidden_ = DeviceVector<u8>(call_->hidden);
     ids_ = DeviceVector<i32>(call_->ids);
@@ -361,7 +371,9 @@ class GivenUp : public ::testing::Test {
     whole_.slots.fault = fault_.as<gpu::Fault>();
     whole_.hidden = {hidden_.data(), Dtype::bf16, tokens, p.hidden, p.hidden};
     whole_.table = &packed_->table();
-    whole_.work = {queue_.data(), nullptr, y_.data(), z_.data()};
+    whole_.work.queue = queue_.data();
+    whole_.work.y = y_.data();
+    whole_.work.z = z_.data();
     whole_.sum.tokens = tokens;
     whole_.sum.hidden = p.hidden;
     whole_.sum.top_k = p.top_k;
@@ -426,6 +438,7 @@ INSTANTIATE_TEST_SUITE_P(Device, EveryWait,
                          ::testing::Values(Lost{"a wait for memory to be emptied", 3, kEmptied, 1, -1000},
                                            Lost{"a wait for memory to be emptied", 1, kEmptied, 1, -1000},
                                            Lost{"gemm1 of local expert", 3, gpu::QueueShape::kHits, 12, -1000},
+                                           Lost{"gemm1 of local expert", 12, gpu::QueueShape::kHits, 20, -1000},
                                            Lost{"gemm1 of local expert", 1, 0, 1, 4 * 3},  // whose tiles are all taken
                                            Lost{"gemm2 of token", 3, 0, 1, 1 << 20},       // likewise
                                            Lost{"gemm2 of token", 1, 0, 1, 1 << 20}));

@@ -121,9 +121,8 @@ int choose(const Load& load, i32 multiprocessors) {
 int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   const f64 hits = expected_hits(load.experts, load.slots) / multiprocessors;
   const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]);
-  const f64 blocks = hits * load.row_tiles[1] / 4;  // of 256 rows
-  if (load.split && blocks < 2.4) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
-  return blocks < 4.5 ? kWholeTile + 1 : kWholeTile + 2;
+  if (load.split && hits * load.row_tiles[1] < 9.6) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
+  return tiles < 37 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
 int choose(const Form& form) {

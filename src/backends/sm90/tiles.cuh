@@ -59,7 +59,7 @@ struct Shared {
   gpu::Feed<T::kFeed> feed;
   Handed<T::kHanded, T::kGroups * T::kRows> handed;
   // Where groups that split K join: each one's sums, of this tile and of the one before.
-  f32 partial[2][kJoins ? T::kGroups : 1][kJoins ? T::kRows * T::kMost / 2 : 1][128];
+  f32 partial[2][kJoins ? T::kGroups : 1][kJoins ? T::kRows * T::kMost / 2 : 1][kJoins ? 128 : 1];
 };
 
 // And what the job keeps.
@@ -76,8 +76,10 @@ __device__ int row_blocks(const Operands& operands) {
 // The roles of a block. A Job says what they work on; S is its Block<T, Memory>:
 //   const Operands& operands(int width)    the GEMM that tiles of this width belong to
 //   const std::byte* blob(S&, tile)        its expert's weights
-//   const CUtensorMap& tokens(int width)   its tokens, in boxes of size(width) rows
-//   int first_row(tile)                    of the tile's box
+//   const CUtensorMap& tokens(tile)        its tokens
+//   int boxes(S&, tile)                    in which they come, of each K step
+//   int box_rows(tile)                     of each box
+//   int first_row(S&, tile, box)           likewise
 //   void wait(S&, tile)                    until the tile's tokens are there; one warp
 //   bool brings(tile)                      bring() puts the tile's tokens into the ring instead; one warp
 //   void bring(S&, tile, cursor)
@@ -113,7 +115,7 @@ __device__ void load_weights(Block<T, typename Job::Memory>& shared, const Job& 
   }
 }
 
-// One warp: tokens into the ring, a lane a K step.
+// One warp: tokens into the ring, a lane a box.
 template <class T, class Job>
 __device__ void load_tokens(Block<T, typename Job::Memory>& shared, const Job& job) {
   const int lane = threadIdx.x % 32;
@@ -122,24 +124,28 @@ __device__ void load_tokens(Block<T, typename Job::Memory>& shared, const Job& j
   gpu::isa::wait_for_earlier();
   for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
     const Operands& operands = job.operands(tile.width);
-    const u32 bytes = T::kPlanes * T::size(tile.width) * 128;
     if (job.brings(tile)) {
       job.bring(shared, tile, &cursor);
       continue;
     }
     job.wait(shared, tile);
+    const int boxes = job.boxes(shared, tile);
+    const u32 bytes = job.box_rows(tile) * 128;
     for (int step = 0; step < operands.steps; step += T::kDepth, cursor.advance()) {
       const int depth = min(T::kDepth, operands.steps - step);
       u64* full = &shared.ring.full[cursor.stage];
       gpu::wait(&shared.ring.empty[cursor.stage], cursor.lap ^ 1);
-      if (lane == 0) gpu::isa::barrier_expect(full, depth * bytes);
+      if (lane == 0) gpu::isa::barrier_expect(full, depth * T::kPlanes * boxes * bytes);
       __syncwarp();
-      if (lane >= depth) continue;
-      u8* to = shared.stages[cursor.stage].tokens[lane];
+      for (int i = lane; i < T::kDepth * boxes; i += 32) {
+        const int column = (step + i % T::kDepth) * kTileColumns, box = i / T::kDepth;
+        if (i % T::kDepth >= depth) continue;
+        u8* to = shared.stages[cursor.stage].tokens[i % T::kDepth] + box * bytes;
 #pragma unroll
-      for (int plane = 0; plane < T::kPlanes; ++plane, to += T::kPlaneBytes) {
-        const int row = job.first_row(tile) + plane * operands.plane;
-        gpu::isa::box_load(to, &job.tokens(tile.width), (step + lane) * kTileColumns, row, full);
+        for (int plane = 0; plane < T::kPlanes; ++plane, to += T::kPlaneBytes) {
+          const int row = job.first_row(shared, tile, box) + plane * operands.plane;
+          gpu::isa::box_load(to, &job.tokens(tile), column, row, full);
+        }
       }
     }
   }
@@ -400,8 +406,10 @@ struct Product {
   bool tokens_late;  // the launch before this one makes the tokens only: weights may be fetched while it runs
 
   __device__ const Operands& operands(int) const { return weights; }
-  __device__ const CUtensorMap& tokens(int width) const { return maps[width]; }
-  __device__ int first_row(const gpu::Tile& tile) const { return tile.slot; }
+  __device__ const CUtensorMap& tokens(const gpu::Tile& tile) const { return maps[tile.width]; }
+  __device__ static constexpr int boxes(const Block<T, Counts>&, const gpu::Tile&) { return 1; }
+  __device__ static constexpr int box_rows(const gpu::Tile& tile) { return T::size(tile.width); }
+  __device__ static int first_row(const Block<T, Counts>&, const gpu::Tile& tile, int) { return tile.slot; }
   __device__ bool early() const { return tokens_late; }
   __device__ void wait(Block<T, Counts>&, const gpu::Tile&) const {}
   __device__ static constexpr bool brings(const gpu::Tile&) { return false; }

@@ -17,6 +17,10 @@ Verdict can_whole(const Problem& problem, const Machine& machine) {
     return reject(Reason::shape_unsupported,
                   fmt::format("max_tokens is {}; up to {} would pass", problem.max_tokens, kFewTokens));
   }
+  if (problem.max_tokens * problem.top_k > kFewPicks) {
+    return reject(Reason::shape_unsupported, fmt::format("max_tokens is {} of top-{}; up to {} would pass",
+                                                         problem.max_tokens, problem.top_k, kFewPicks / problem.top_k));
+  }
   if (!format::is_fp4(problem.encoding)) {
     return reject(Reason::encoding_unsupported,
                   fmt::format("weights are {}; nvfp4 or mxfp4 would pass", format::encoding_name(problem.encoding)));
@@ -34,17 +38,15 @@ Verdict can_whole(const Problem& problem, const Machine& machine) {
   return accept();
 }
 
-i64 kept(const Problem& problem, const Machine& machine) {
-  return 4 * i64{queue_shape(problem, device_of(machine)->sms).words()};
-}
+i64 kept(const Problem&, const Machine& machine) { return 4 * i64{queue_shape(device_of(machine)->sms).words()}; }
 
 i64 carve(const Problem& problem, const Machine& machine, std::byte* memory, Work* work) {
-  const i64 most = most_rows(problem);
   Carver carver(memory);
   work->queue = reinterpret_cast<i32*>(carver.take<std::byte>(kept(problem, machine)));
-  work->rows = carver.take<u16>(i64{kFewTokens} * problem.hidden);
-  work->y = carver.take<u16>(std::max<i64>(i64{most_hits(problem)} * kFewTokens, most) * problem.inter);
-  work->z = carver.take<f32>(most * problem.hidden);
+  work->rows = carver.take<u16>(i64{problem.max_tokens} * problem.hidden);
+  const i32 rows = problem.max_tokens == 1 ? most_rows(problem) : most_hits(problem) * kHitTokens;
+  work->y = carver.take<u16>(i64{rows} * problem.inter);
+  work->z = carver.take<f32>(i64{most_rows(problem)} * problem.hidden);
   return carver.used();
 }
 
@@ -55,6 +57,16 @@ i64 bytes(const Problem& problem, const Machine& machine) {
 
 std::vector<Variant> variants_of(const Problem& problem, const Machine& machine, i64 tokens) {
   return whole_variants(load_of(problem, tokens), device_of(machine)->sms);
+}
+
+// An expert with more tokens than columns is multiplied again for the rest, where wider tiles do it at once; and where
+// tiles are few, only those that split K keep all multiprocessors busy, which take no more tokens than columns.
+// Measured: docs/hopper.md, "Choices".
+bool suits(const Problem& problem, const Machine& machine, i64 tokens) {
+  const LayerLoad load = load_of(problem, tokens);
+  const f64 mean = static_cast<f64>(load.slots) / problem.experts;
+  const i32 tiles = load.experts * (load.row_tiles[0] + load.row_tiles[1]);
+  return mean <= (tiles < 25 * device_of(machine)->sms ? 2.2 : 4.2);
 }
 
 [[maybe_unused]] Whole bind(const Bound& bound) {
@@ -93,22 +105,25 @@ LayerLoad load_of(const Problem& problem, i64 tokens) {
   return {{row_tiles(rows1), row_tiles(problem.hidden)},
           problem.local_experts,
           tokens * problem.top_k,
-          !problem.batch_invariant};
+          !problem.batch_invariant && tokens <= kHitTokens};
 }
 
-i32 most_hits(const Problem& problem) { return std::min(problem.local_experts, kFewTokens * problem.top_k) + 1; }
-
-gpu::QueueShape queue_shape(const Problem& problem, i32 multiprocessors) {
-  return {multiprocessors, most_hits(problem)};
+// An expert has a hit for every eight of its tokens and one for the rest.
+i32 most_hits(const Problem& problem) {
+  const i32 picks = problem.max_tokens * problem.top_k;
+  return std::min(picks, problem.local_experts + picks / kHitTokens) +
+         (problem.max_tokens + kHitTokens - 1) / kHitTokens;
 }
 
-i32 most_rows(const Problem& problem) { return kFewTokens * (problem.top_k + 1); }
+gpu::QueueShape queue_shape(i32 multiprocessors) { return {multiprocessors, kMostHits}; }
+
+i32 most_rows(const Problem& problem) { return problem.max_tokens * (problem.top_k + 1); }
 
 extern const Step kWhole;
 const Step kWhole = {"sm90",    "whole",     {Stage::route, Stage::combine},
                      can_whole, bytes,       run,
                      describe,  nullptr,     Place::device,
                      &kPacking, variants_of, kRevision,
-                     kept,      true};
+                     kept,      true,        suits};
 
 }  // namespace fourmoe::sm90

@@ -32,6 +32,9 @@ template <class T, bool kSingle>
 Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   const Problem& problem = call.slots.problem;
   const weights::DeviceTable& table = *call.table;
+  if (T::kSplit && call.slots.tokens > kHitTokens) {
+    return refuse(Reason::internal, "tiles that split K take up to " + std::to_string(kHitTokens) + " tokens");
+  }
   const i32 rows1 = problem.activation.gated() ? 2 * problem.inter : problem.inter;
   const i32 entries = problem.local_experts + (call.shared ? 1 : 0);
   Layer<T, kSingle> job{};
@@ -46,7 +49,7 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   job.teams = std::min(Layer<T, kSingle>::kPickers >> job.team_shift,
                        Layer<T, kSingle>::kPickBytes / (8 * route::team_words(problem)));
   job.shared_expert = call.shared;
-  job.queue = {queue_shape(problem, multiprocessors), call.work.queue};
+  job.queue = {queue_shape(multiprocessors), call.work.queue};
   job.wait_cycles = call.wait_cycles;
   job.sum = call.sum;
   job.sum.rows = call.work.z;
@@ -54,10 +57,13 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   const bool rounded = call.hidden.dtype == format::Dtype::bf16;
   const u16* tokens = rounded ? reinterpret_cast<const u16*>(call.hidden.data) : call.work.rows;
   const i64 stride = rounded && call.slots.tokens > 1 ? call.hidden.stride : problem.hidden;  // one row's is nobody's
-  Status status = gpu::map_rows({tokens, call.slots.tokens, problem.hidden, stride}, kFewTokens, &job.maps[0]);
-  if (!status.ok()) return status;
-  const i64 rows = i64{most_hits(problem)} * kFewTokens;
-  status = gpu::map_rows({call.work.y, rows, problem.inter, problem.inter}, kFewTokens, &job.maps[1]);
+  const gpu::MappedRows of_tokens{tokens, call.slots.tokens, problem.hidden, stride};
+  Status status = gpu::map_rows(of_tokens, kHitTokens, &job.maps[0]);
+  if (status.ok() && !kSingle) {
+    const gpu::MappedRows of_y{call.work.y, i64{most_hits(problem)} * kHitTokens, problem.inter, problem.inter};
+    status = gpu::map_rows(of_y, kHitTokens, &job.maps[1]);
+  }
+  if (status.ok() && call.slots.tokens > kHitTokens) status = gpu::map_rows(of_tokens, 1, &job.maps[2]);
   if (!status.ok()) return status;
   const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T, Layer<T, kSingle>>(), true};
   return gpu::launch(multiply_tiles<T, Layer<T, kSingle>>, shape, stream, job);
@@ -90,7 +96,7 @@ Status launch(const Whole& call, i32 multiprocessors, void* stream) {
   if (status.ok() && call.hidden.dtype != format::Dtype::bf16) status = launch_round(call, stream);
   const Problem& problem = call.slots.problem;
   if (status.ok() && call.clears) {
-    status = gpu::fill(call.work.queue, 0, 4 * i64{queue_shape(problem, multiprocessors).words()}, stream);
+    status = gpu::fill(call.work.queue, 0, 4 * i64{queue_shape(multiprocessors).words()}, stream);
   }
   if (!status.ok()) return status;
   const int tile = call.tile >= 0 ? call.tile : choose_whole(load_of(problem, call.slots.tokens), multiprocessors);

@@ -11,30 +11,33 @@
 
 namespace fourmoe::sm90 {
 
-// An expert that some token takes.
+// An expert and tokens that take it, a column each.
 struct Hit {
   const std::byte* blobs[2];  // its packed weights of gemm1 and gemm2, in the GPU's memory; the table's
   i32 expert;                 // entry of the table
-  u32 tokens;                 // bit t: token t takes it
-  u16 row[kFewTokens];        // of z, and of a single token's y: that of the pick, of each token that does
+  u32 columns;                // bit c: column c is in use
+  u16 row[kHitTokens];        // of z, and of a single token's y: that of the pick, of each column in use
+  u8 token[kHitTokens];       // likewise
 };
 
-// Columns are tokens: those that take the expert are in use.
+// A hit's row tile as an epilogue sees it.
 struct HitPlace {
   int expert;
   int row_tile;
   const Hit* hit;
-  int first;  // row of the hit's token 0, where it has one for every token; negative: rows are the picks'
+  int first;  // row of the hit's column 0, where it has one for every column; negative: rows are the picks'
 
-  __device__ bool uses(int column) const { return (hit->tokens >> column & 1) != 0; }
+  __device__ bool uses(int column) const { return (hit->columns >> column & 1) != 0; }
   __device__ int row(int column) const { return first >= 0 ? first + column : hit->row[column]; }
   __device__ static void put(u32* at, u32 bits) { gpu::isa::store_relaxed(at, bits); }
 };
 
+inline constexpr int kMostOf = kFewTokens / kHitTokens;     // hits of an expert
 inline constexpr int kExpertWords = gpu::kMaxExperts / 32;  // a lane each
 static_assert(kExpertWords == 32);
 
-// What a block knows of the call.
+// What a block knows of the call, of up to kPicks picks.
+template <int kPicks>
 struct Found {
   u64 table;            // barrier: the table of blobs is in shared memory
   u64 ready;            // barrier: the list is made
@@ -42,15 +45,15 @@ struct Found {
   gpu::Ring<2> stored;  // tiles of y, from the epilogue's warpgroup to the warp that reports them
   i32 set;              // of the queue
   i32 hits;
-  bool refused;               // a token
-  bool late;                  // a wait was given up: what follows is not a number
-  u32 experts[kExpertWords];  // bit e: local expert e is hit
-  Hit list[kMostHits];        // the shared expert, then the experts hit: ascending, or in the only token's order
-  i32 row[kFewTokens * 32];   // of each pick: its local expert, then, with the list, its row of z; negative for none
-  f32 weight[kFewTokens * 32];
+  bool refused;                        // a token
+  bool late;                           // a wait was given up: what follows is not a number
+  u32 experts[kMostOf][kExpertWords];  // bit e: local expert e has that many hits and another
+  Hit list[kPicks + kMostOf];  // the shared expert's, then those of experts: ascending, or in the only token's order
+  i32 row[kPicks];             // of each pick: its local expert, then, with the list, its row of z; negative for none
+  f32 weight[kPicks];
   // What weights are made of, once the list is on its way.
-  i32 id[kFewTokens * 32];
-  f64 score[kFewTokens * 32];
+  i32 id[kPicks];
+  f64 score[kPicks];
   route::Scale scale[kFewTokens];
 };
 
@@ -74,14 +77,17 @@ FOURMOE_HD constexpr int bytes_of_table(int experts) { return (experts * 8 + 15)
 // loading warp has time for: its tiles are reported, and come by boxes.
 template <class T, bool kSingle>
 struct Layer {
-  // find_hits(): the table, and a team of as many experts and groups as there can be.
-  static constexpr int kPickBytes = T::kStages * sizeof(typename T::Stage) - 2 * bytes_of_table(gpu::kMaxExperts + 1);
+  // find_hits(): beside the table and who takes an expert, a team of as many experts and groups as there can be.
+  static constexpr int kPickBytes =
+      T::kStages * sizeof(typename T::Stage) - 2 * bytes_of_table(gpu::kMaxExperts + 1) - 8 * gpu::kMaxExperts;
   static_assert(kPickBytes >= 8 * (3 * gpu::kMaxExperts + route::kMaxWarps / 2));
+  static constexpr int kPicks = T::kSplit ? kHitTokens * 32 : kFewPicks;  // top_k <= 32
+  using Found = sm90::Found<kPicks>;
   using Memory = Found;
   static constexpr int kPickers = 4 * T::kGroups;  // warps
   using S = Block<T, Found>;
   using Queue = gpu::Queue<gpu::isa::Atomic>;
-  CUtensorMap maps[2];  // the tokens; y
+  CUtensorMap maps[3];  // the tokens, eight rows at once; y, likewise; the tokens, row by row
   Operands gemms[2];
   Activate<1> activate;
   Project project;
@@ -95,8 +101,19 @@ struct Layer {
   combine::DeviceSum sum;
 
   __device__ const Operands& operands(int width) const { return gemms[width]; }
-  __device__ const CUtensorMap& tokens(int width) const { return maps[width]; }
-  __device__ int first_row(const gpu::Tile& tile) const { return tile.width == 0 ? 0 : tile.slot * kFewTokens; }
+  // Of gemm1, with more tokens than columns: all but the shared expert's hits, which are of neighbours.
+  __device__ bool gathers(const gpu::Tile& tile) const {
+    return !kSingle && !T::kSplit && many() && tile.width == 0 && tile.slot >= shared_hits();
+  }
+  __device__ const CUtensorMap& tokens(const gpu::Tile& tile) const { return maps[gathers(tile) ? 2 : tile.width]; }
+  __device__ int boxes(const S& shared, const gpu::Tile& tile) const {
+    return gathers(tile) ? __popc(shared.job.list[tile.slot].columns) : 1;
+  }
+  __device__ int box_rows(const gpu::Tile& tile) const { return gathers(tile) ? 1 : kHitTokens; }
+  __device__ int first_row(const S& shared, const gpu::Tile& tile, int box) const {
+    if (gathers(tile)) return shared.job.list[tile.slot].token[box];
+    return tile.width == 1 || many() ? tile.slot * kHitTokens : 0;
+  }
   __device__ bool early() const { return true; }
   __device__ const std::byte* blob(const S& shared, const gpu::Tile& tile) const {
     return shared.job.list[tile.slot].blobs[tile.width];
@@ -105,8 +122,11 @@ struct Layer {
   // What the call does not change, and zeros.
   __device__ void prepare(S& shared) const {
     Found& found = shared.job;
-    for (int w = threadIdx.x; w < kExpertWords; w += T::kThreads) found.experts[w] = 0;
-    for (int hit = threadIdx.x; hit < kMostHits; hit += T::kThreads) found.list[hit].tokens = 0;
+    for (int w = threadIdx.x; w < kMostOf * kExpertWords; w += T::kThreads)
+      found.experts[w / kExpertWords][w % kExpertWords] = 0;
+    for (int e = threadIdx.x; e < gpu::kMaxExperts; e += T::kThreads) takers_of(shared)[e] = 0;
+    for (int hit = threadIdx.x; hit < static_cast<int>(std::size(found.list)); hit += T::kThreads)
+      found.list[hit].columns = 0;
     if (threadIdx.x == 0) {
       found.refused = found.late = false;
       gpu::isa::barrier_init(&found.ready, 1);
@@ -116,7 +136,9 @@ struct Layer {
       gpu::isa::barrier_fence_init();
       fetch_table(shared);
     }
-    if (threadIdx.x == 32) gpu::isa::prefetch_map(&maps[0]), gpu::isa::prefetch_map(&maps[1]);
+    if (threadIdx.x == 32) {
+      for (int map = 0; map < (kSingle ? 1 : many() ? 3 : 2); ++map) gpu::isa::prefetch_map(&maps[map]);
+    }
   }
 
   // Tiles are taken one at a time: whoever comes late takes fewer.
@@ -216,9 +238,14 @@ struct Layer {
   }
 
  private:
-  // Memory of the ring, before weights come: [2, table_bytes()] blobs of each GEMM, then the teams'.
+  __device__ bool many() const { return slots.tokens > kHitTokens; }
+  __device__ int shared_hits() const { return shared_expert ? (slots.tokens + kHitTokens - 1) / kHitTokens : 0; }
+
+  // Memory of the ring, before weights come: [2, table_bytes()] blobs of each GEMM, of each expert the tokens that take
+  // it, a bit each, then the teams'.
   __device__ std::byte* table_of(S& shared) const { return reinterpret_cast<std::byte*>(shared.stages); }
   __device__ int table_bytes() const { return bytes_of_table(gemms[0].experts); }
+  __device__ u64* takers_of(S& shared) const { return reinterpret_cast<u64*>(table_of(shared) + 2 * table_bytes()); }
 
   // The table's arrays begin at cache lines and are followed by others, so the last copy may end in what is not its.
   __device__ void fetch_table(S& shared) const {
@@ -331,10 +358,10 @@ struct Layer {
     for (int first = 0; first < slots.tokens; first += teams) {
       const bool real = index < min(teams, slots.tokens - first);
       route::Team team{real ? first + index : -1, warp & (warps - 1), warps, screened, threadIdx.x % 32};
-      u64* memory = reinterpret_cast<u64*>(table_of(shared) + 2 * table_bytes());
+      u64* memory = takers_of(shared) + gpu::kMaxExperts;
       if (real) route::place_team(slots.problem, memory, index, &team);
       const route::Choice choice = route::choose(slots, team, sync, [] { gpu::isa::wait_for_earlier(); });
-      if (route::has_pick(slots, team)) note(shared.job, team, choice);
+      if (route::has_pick(slots, team)) note(shared, team, choice);
       if (alone()) {
         if (warp == 0) list_token(shared);
         return;
@@ -361,16 +388,25 @@ struct Layer {
     gpu::isa::sync_some(1, 128);
   }
 
-  __device__ void note(Found& found, const route::Team& team, const route::Choice& choice) const {
+  __device__ void note(S& shared, const route::Team& team, const route::Choice& choice) const {
+    Found& found = shared.job;
     const i64 index = route::pick_index(slots, team);
     const i32 expert = route::local_of(slots, choice.id);
     found.row[index] = choice.id == route::kRefused ? route::kRefused : expert;
     found.id[index] = choice.id;
     found.score[index] = choice.score;
     if (team.lane == 0) found.scale[team.token] = choice.scale;
-    if (expert >= 0 && !alone()) atomicOr(&found.experts[expert / 32], 1u << expert % 32);
+    if (expert >= 0 && !alone()) take(shared, expert, team.token);
     if (choice.id == route::kRefused) found.refused = true;
     if (blockIdx.x == 0) slots.out.ids[index] = choice.id;
+  }
+
+  // The token takes the expert; the first of each eight that do begins a hit.
+  __device__ void take(S& shared, int expert, int token) const {
+    const u64 before = atomicOr(reinterpret_cast<unsigned long long*>(&takers_of(shared)[expert]), u64{1} << token);
+    const int others = __popcll(before);
+    if ((before >> token & 1) != 0 || others % kHitTokens != 0) return;  // a caller's ids may name it again
+    atomicOr(&shared.job.experts[others / kHitTokens][expert / 32], 1u << expert % 32);
   }
 
   // The epilogues' first reads: of memory they would take a microsecond in which everybody waits for them.
@@ -390,40 +426,47 @@ struct Layer {
     if (blockIdx.x == 0) slots.out.weights[index] = weight;
   }
 
-  // A warp, a lane a pick: its hit, whose number is how many experts below are hit, and its row.
+  // A warp, a lane a pick: its hit, whose number is how many hits experts below have, its column and its row.
   __device__ void list_hits(S& shared, int token) const {
     Found& found = shared.job;
-    const int lane = threadIdx.x % 32, first = shared_expert ? 1 : 0, index = token * slots.problem.top_k + lane;
-    const u32 word = found.experts[lane];
-    int end = __popc(word);  // inclusive sum over words
+    const int lane = threadIdx.x % 32, first = shared_hits(), index = token * slots.problem.top_k + lane;
+    const int of_word = hits_among(found, lane, ~0u);
+    int end = of_word;  // inclusive sum over words
     for (int distance = 1; distance < 32; distance *= 2) {
       const int below = __shfl_up_sync(~0u, end, distance);
       if (lane >= distance) end += below;
     }
     const int expert = lane < slots.problem.top_k ? found.row[index] : -1, own = max(expert, 0);
-    const int before = __shfl_sync(~0u, end - __popc(word), own / 32);
-    const u32 here = __shfl_sync(~0u, word, own / 32);
-    const int hit = first + before + __popc(here & ((1u << own % 32) - 1u));
+    const int before = __shfl_sync(~0u, end - of_word, own / 32);
+    const int hit = first + before + hits_among(found, own / 32, (1u << own % 32) - 1u);
     const int row = token * slots.problem.top_k + __ffs(static_cast<int>(__match_any_sync(~0u, expert))) - 1;
     if (expert >= 0) {
-      add_hit(shared, hit, expert, token, row);
+      const int place = many() ? __popcll(takers_of(shared)[expert] & ((u64{1} << token) - 1)) : token;
+      add_hit(shared, hit + place / kHitTokens, expert, place % kHitTokens, token, row);
       found.row[index] = row;
     }
     if (shared_expert && lane == 0) add_shared(shared, token);
     if (token == 0 && lane == 31) found.hits = first + end;
   }
 
+  // Of the experts of a word that are in the mask.
+  __device__ int hits_among(const Found& found, int word, u32 mask) const {
+    int hits = 0;
+    for (int before = 0; before < (many() ? kMostOf : 1); ++before) hits += __popc(found.experts[before][word] & mask);
+    return hits;
+  }
+
   // The warp that picked for the only token: its hits in the order of its picks. Ends with the list announced.
   __device__ void list_token(S& shared) const {
     Found& found = shared.job;
-    const int lane = threadIdx.x % 32, first = shared_expert ? 1 : 0;
+    const int lane = threadIdx.x % 32, first = shared_hits();
     const int expert = lane < slots.problem.top_k ? found.row[lane] : -1;
     const u32 same = __match_any_sync(~0u, expert);  // a caller's ids may be
     const int leader = __ffs(static_cast<int>(same)) - 1;
     const u32 leaders = __ballot_sync(~0u, expert >= 0 && lane == leader);
     const int hit = first + __popc(leaders & ((1u << leader) - 1u));
     gpu::wait(&found.table, 0);
-    if (expert >= 0 && lane == leader) add_hit(shared, hit, expert, 0, leader);
+    if (expert >= 0 && lane == leader) add_hit(shared, hit, expert, 0, 0, leader);
     if (expert >= 0) found.row[lane] = leader;
     if (shared_expert && lane == 0) add_shared(shared, 0);
     if (lane == 0) found.hits = first + __popc(leaders);
@@ -434,16 +477,18 @@ struct Layer {
 
   // Picks have rows of their own, and those of the shared expert follow. An expert picked twice has the first one's.
   __device__ void add_shared(S& shared, int token) const {
-    add_hit(shared, 0, slots.problem.local_experts, token, slots.tokens * slots.problem.top_k + token);
+    const int row = slots.tokens * slots.problem.top_k + token;
+    add_hit(shared, token / kHitTokens, slots.problem.local_experts, token % kHitTokens, token, row);
   }
-  __device__ void add_hit(S& shared, int hit, int expert, int token, int row) const {
+  __device__ void add_hit(S& shared, int hit, int expert, int column, int token, int row) const {
     Hit& of = shared.job.list[hit];
     for (int gemm = 0; gemm < 2; ++gemm) {
       of.blobs[gemm] = reinterpret_cast<const std::byte* const*>(table_of(shared) + gemm * table_bytes())[expert];
     }
     of.expert = expert;
-    of.row[token] = static_cast<u16>(row);
-    atomicOr(&of.tokens, 1u << token);
+    of.row[column] = static_cast<u16>(row);
+    of.token[column] = static_cast<u8>(token);
+    atomicOr(&of.columns, 1u << column);
   }
 
   __device__ int ticket(int set, gpu::Writer<T::kFeed>& writer) const {
@@ -471,7 +516,7 @@ struct Layer {
     const int rows = min(T::kRowTiles, gemms[kWidth].row_tiles - first);
     const auto place = [&](int r) {
       return HitPlace{tile.expert, first + r, &shared.job.list[tile.slot],
-                      kWidth == 0 && !kSingle ? tile.slot * kFewTokens : -1};
+                      kWidth == 0 && !kSingle ? tile.slot * kHitTokens : -1};
     };
     auto lines = epilogue<kWidth>().lines(place(0));  // read while the products are made
     gpu::wait(&shared.handed.ring.full[turn % T::kHanded], turn / T::kHanded & 1);
@@ -479,7 +524,7 @@ struct Layer {
       f32 d[4];
       take_over(shared, turn, r, d);
       if (kWidth == 1 && shared.job.late) d[0] = d[1] = d[2] = d[3] = __uint_as_float(0x7fc00000u);
-      epilogue<kWidth>().template store<kFewTokens>(place(r), lines, d);
+      epilogue<kWidth>().template store<kHitTokens>(place(r), lines, d);
       if (r + 1 < rows) lines = epilogue<kWidth>().lines(place(r + 1));
     }
     __syncwarp();

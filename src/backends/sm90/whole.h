@@ -1,8 +1,9 @@
 // whole on Hopper: a layer for few tokens in one launch, as the host sees it.
 //
-// Every block picks for all tokens by itself, so none waits for another before its first weights are on their way. The
-// tokens themselves are the eight columns of every product, so nothing is gathered or sorted: of a hit (an expert that
-// some token picked) the columns of those that picked it are stored. The layer's shared expert is a hit of all tokens.
+// Every block picks for all tokens by itself, so none waits for another before its first weights are on their way. A
+// hit is an expert and up to eight of the tokens that picked it, the columns of its products. Up to eight tokens in all
+// are the columns of every hit, so nothing is gathered, and those of the tokens that picked it are stored; of more, the
+// copy engine gathers each hit's own, row by row. The layer's shared expert is hit by all tokens, eight at a time.
 // Tiles of both GEMMs stand in one queue (gpu/queue.h); a tile of gemm2 waits for its own hit's tiles of gemm1 while
 // its weights are on the way, and when no tiles are left blocks share out the output, 64 columns of a token at a time,
 // whose rows of z they add up in the order of picks as these come. z, and the y of a single token, are polled number by
@@ -17,20 +18,22 @@
 
 namespace fourmoe::sm90 {
 
-inline constexpr i32 kFewTokens = 8;
-inline constexpr i32 kMostHits = kFewTokens * 32 + 1;  // top_k <= 32, and the shared expert
+inline constexpr i32 kHitTokens = 8;                                   // columns of a product
+inline constexpr i32 kFewTokens = 64;                                  // of a call
+inline constexpr i32 kFewPicks = 512;                                  // likewise
+inline constexpr i32 kMostHits = kFewPicks + kFewTokens / kHitTokens;  // a token each, and the shared expert's
 
-// Device memory of the step. `most` = most_rows of the problem.
+// Device memory of the step, for calls of up to problem.max_tokens.
 struct Work {
   i32* queue = nullptr;  // [queue_shape().words()] zeros before the first of the launches that share it
-  u16* rows = nullptr;   // [kFewTokens, hidden] tokens rounded to bf16, where they are not
-  u16* y = nullptr;      // [most_hits * kFewTokens, inter] bf16, hit by token; of a single token [top_k + 1, inter]
-  f32* z = nullptr;      // [most, hidden]
+  u16* rows = nullptr;   // [max_tokens, hidden] tokens rounded to bf16, where they are not
+  u16* y = nullptr;      // [most_hits * kHitTokens, inter] bf16, hit by column; of a single token [top_k + 1, inter]
+  f32* z = nullptr;      // [most_rows, hidden]
 };
 
 i32 most_hits(const Problem& problem);
-gpu::QueueShape queue_shape(const Problem& problem, i32 multiprocessors);
-i32 most_rows(const Problem& problem);  // one for each pick, then one of each token for the shared expert
+gpu::QueueShape queue_shape(i32 multiprocessors);  // one for calls of any size
+i32 most_rows(const Problem& problem);             // one for each pick, then one of each token for the shared expert
 LayerLoad load_of(const Problem& problem, i64 tokens);  // chooses the tile
 
 struct Whole {
