@@ -70,19 +70,26 @@ std::vector<u8> noise(i64 bytes) {
 
 class Layer {
  public:
-  Layer(const Shape& s, i64 max_slots, int multiprocessors)
+  // Weights in so many allocations, of neighbouring experts.
+  Layer(const Shape& s, i64 max_slots, int multiprocessors, int buffers)
       : shape_(s),
         max_slots_(max_slots),
         multiprocessors_(multiprocessors),
         y_(max_slots * s.inter),
         z_(max_slots * s.hidden) {
-    const auto first = noise(blob_bytes(rows1(s), s.hidden)), second = noise(blob_bytes(s.hidden, s.inter));
+    const DeviceVector<u8> first(noise(blob_bytes(rows1(s), s.hidden))), second(noise(blob_bytes(s.hidden, s.inter)));
+    const i64 bytes = first.size() + second.size();
     std::vector<const std::byte*> one, two;
-    for (int e = 0; e < s.experts; ++e) {
-      blobs_.emplace_back(first);
-      one.push_back(reinterpret_cast<const std::byte*>(blobs_.back().data()));
-      blobs_.emplace_back(second);
-      two.push_back(reinterpret_cast<const std::byte*>(blobs_.back().data()));
+    for (int e = 0, left = 0; e < s.experts; ++e, --left) {
+      if (left == 0) {
+        left = (s.experts - e) / (buffers - static_cast<int>(blobs_.size()));
+        blobs_.emplace_back(left * bytes);
+      }
+      u8* blob = blobs_.back().data() + blobs_.back().size() - left * bytes;
+      require(cudaMemcpy(blob, first.data(), first.size(), cudaMemcpyDeviceToDevice), "weights");
+      require(cudaMemcpy(blob + first.size(), second.data(), second.size(), cudaMemcpyDeviceToDevice), "weights");
+      one.push_back(reinterpret_cast<const std::byte*>(blob));
+      two.push_back(reinterpret_cast<const std::byte*>(blob + first.size()));
     }
     table1_ = DeviceVector<const std::byte*>(one), table2_ = DeviceVector<const std::byte*>(two);
     globals_ = DeviceVector<f32>(std::vector<f32>(2 * s.experts, 0.004f));
@@ -183,8 +190,36 @@ bool fits(const TileShape& tile, f64 mean) { return tile.sizes[0] >= mean / 2 &&
 struct Choice {
   std::string shape;
   std::vector<int> tokens;
-  bool sweep = false;  // every tile that fits
+  bool sweep = false;   // every tile that fits
+  bool splits = false;  // the same weights in 1, 2, 4 and 8 allocations
 };
+
+Replay replay_both(const Layer& layer, const std::vector<Routing>& rs, int tile) {
+  return Replay(static_cast<int>(rs.size()), [&](int i, cudaStream_t stream) {
+    layer.gemm1(rs[i], tile, stream);
+    layer.gemm2(rs[i], tile, true, stream);
+  });
+}
+
+// In turns, so that clocks are alike: the least of three medians each.
+void measure_splits(const Shape& s, const std::vector<int>& batch, const std::vector<std::vector<Routing>>& all,
+                    i64 max_slots, int multiprocessors) {
+  std::vector<Layer> layers;
+  for (const int buffers : {1, 2, 4, 8}) layers.emplace_back(s, max_slots, multiprocessors, buffers);
+  for (std::size_t b = 0; b < batch.size(); ++b) {
+    std::vector<f64> best(layers.size(), 1e30);
+    for (int turn = 0; turn < 3; ++turn) {
+      for (std::size_t i = 0; i < layers.size(); ++i) {
+        best[i] = std::min(best[i], replay_both(layers[i], all[b], -1).microseconds());
+      }
+    }
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      std::printf("{\"part\": \"splits\", \"shape\": \"%s\", \"tokens\": %d, \"buffers\": %d, \"both_us\": %.2f}\n",
+                  s.name, batch[b], 1 << i, best[i]);
+    }
+    std::fflush(stdout);
+  }
+}
 
 void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int multiprocessors) {
   if (!choice.shape.empty() && choice.shape != s.name) return;
@@ -197,7 +232,8 @@ void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int m
     for (int i = 0; i < layers_of(tokens); ++i) all.back().push_back(route(s, tokens, tokens * 131 + i));
     max_slots = std::max<i64>(max_slots, all.back().back().begin.back());
   }
-  const Layer layer(s, max_slots, multiprocessors);
+  if (choice.splits) return measure_splits(s, batch, all, max_slots, multiprocessors);
+  const Layer layer(s, max_slots, multiprocessors, s.experts);
   for (std::size_t b = 0; b < batch.size(); ++b) {
     const std::vector<Routing>& rs = all[b];
     const int layers = static_cast<int>(rs.size());
@@ -209,10 +245,7 @@ void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int m
       if (tile >= 0 && (kTileShapes[tile].form != Form{} || !fits(kTileShapes[tile], picks / active))) continue;
       const Replay first(layers, [&](int i, cudaStream_t stream) { layer.gemm1(rs[i], tile, stream); });
       const Replay second(layers, [&](int i, cudaStream_t stream) { layer.gemm2(rs[i], tile, false, stream); });
-      const Replay both(layers, [&](int i, cudaStream_t stream) {
-        layer.gemm1(rs[i], tile, stream);
-        layer.gemm2(rs[i], tile, true, stream);
-      });
+      const Replay both = replay_both(layer, rs, tile);
       const f64 t1 = first.microseconds(), t2 = second.microseconds(), t = both.microseconds();
       std::printf(
           "{\"part\": \"gemms\", \"shape\": \"%s\", \"tokens\": %d, \"active\": %.1f, \"tile\": %d, "
@@ -241,10 +274,11 @@ int run(const Choice& choice) {
 }  // namespace
 }  // namespace fourmoe
 
-// gemms [sweep] [SHAPE [TOKENS...]]
+// gemms [sweep|splits] [SHAPE [TOKENS...]]
 int main(int argc, char** argv) {
   fourmoe::Choice choice;
   if (argc > 1 && std::string(argv[1]) == "sweep") choice.sweep = true, --argc, ++argv;
+  if (argc > 1 && std::string(argv[1]) == "splits") choice.splits = true, --argc, ++argv;
   if (argc > 1) choice.shape = argv[1];
   for (int i = 2; i < argc; ++i) choice.tokens.push_back(std::atoi(argv[i]));
   return fourmoe::run(choice);
