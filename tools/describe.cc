@@ -147,6 +147,9 @@ std::vector<NamedShape> named_shapes() {
           {"kimi-k2", "7168,2048,384,8", "Kimi-K2"},
           {"v4-flash", "4096,2048,256,6", "DeepSeek-V4-Flash"},
           {"gpt-oss-120b", "2880,2880,128,4", "gpt-oss-120b: MXFP4, clamped SwiGLU"},
+          {"gpt-oss-20b", "2880,2880,32,4", "gpt-oss-20b: MXFP4, clamped SwiGLU"},
+          {"glm-4", "5120,1536,160,8", "GLM-4.5, 4.6 and 4.7"},
+          {"qwen3-next", "2048,512,512,10", "Qwen3-Next-80B-A3B"},
           {"nemotron-nano", "2688,1856,128,6", "Nemotron-3-Nano: ReLU squared, no gate"},
           {"tiny", "128,64,32,4", "examples/tiny-moe"}};
 }
@@ -184,7 +187,7 @@ Problem parse_shape(const std::string& text) {
   problem.inter = numbers[1];
   problem.experts = problem.local_experts = numbers[2];
   problem.top_k = numbers[3];
-  if (text == "gpt-oss-120b") {
+  if (text.starts_with("gpt-oss-")) {
     problem.encoding = format::Encoding::mxfp4;
     problem.activation.kind = ActivationKind::swiglu_clamped;
   }
