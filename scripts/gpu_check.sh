@@ -85,13 +85,14 @@ measure() {
   for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron3-nano; do  # all token counts and tiles: `gemms sweep`, minutes
     "$build/fourmoe_bench_gemms" "$shape" 1 8 64 512 1024 4096 32768
   done > "$logs/rows"
+  for shape in dsv3 qwen3-30b; do "$build/fourmoe_bench_gemms" splits "$shape" 8 64 512; done >> "$logs/rows"
   python3 bench/sm90/record.py "$logs/rows" --ceilings "$out/sm90-ceilings.json" --output "$out/sm90-gemms.json" \
     --plot "$out/sm90-gemms.svg"
 
   echo "== speed of whole layers: given picks, then from logits, then with a shared expert"
   for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron-nano 2048,512,256,8; do
-    layer "${shape//,/x}" --shape "$shape" --tokens 1,2,4,8,16,64,512
-    layer "${shape//,/x}-logits" --shape "$shape" --tokens 1,2,4,8 --logits
+    layer "${shape//,/x}" --shape "$shape" --tokens 1,2,4,8,16,32,64,512
+    layer "${shape//,/x}-logits" --shape "$shape" --tokens 1,2,4,8,16,32,64 --logits
   done
   for shape in dsv3 2048,512,512,10; do
     layer "${shape//,/x}-shared" --shape "$shape" --tokens 1,8 --shared

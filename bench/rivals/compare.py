@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Measures our two GEMMs beside rivals on one Hopper GPU: one run, the same routings, weights and clocks.
 
-    python bench/rivals/compare.py --program build/fourmoe_bench_gemms --output bench/results/sm90-rivals.json
+    python bench/rivals/compare.py --program build/fourmoe_bench_gemms --command build/fourmoe \
+        --output bench/results/sm90-rivals.json
 
-PROGRAM is bench/sm90/gemms.cu, built. Needs a torch with CUDA and Triton; humming-kernels and deep_gemm are measured
+PROGRAM is bench/sm90/gemms.cu, built; with the COMMAND of the build, whole layers of ours (routing from picks, both GEMMs,
+activation, combine) stand beside the rivals' GEMMs. Needs a torch with CUDA and Triton; humming-kernels and deep_gemm are measured
 where they are installed. A row is both GEMMs of one layer: rows sorted by expert, no activation (ours has it), no
 routing, no combine. Every rival's results are compared with torch's before they are timed. `--warm` only compiles.
 """
@@ -84,7 +86,7 @@ class Contest:
             self.check(name, rounds[0])
         return median_microseconds([self.rivals[name].bind(*arguments) for arguments in rounds])
 
-    def row(self, tokens, ours):
+    def row(self, tokens, ours, layer):
         layers, rounds = self.rounds(tokens)
         times, absent = {"ours": ours} if ours else {}, dict(self.absent)
         for name in self.rivals:
@@ -96,7 +98,7 @@ class Contest:
             torch.cuda.empty_cache()
         active = sum(routing.active for routing in layers) / len(layers)
         return {"part": "rivals", "shape": self.shape.name, "tokens": tokens, "active": round(active, 1),
-                "rows": layers[0].rows, "us": times, "absent": absent}
+                "rows": layers[0].rows, "us": times, "layer_us": layer, "absent": absent}
 
     def compile(self, tokens):
         """Runs every rival once at each token count, so that what is compiled at run time is in its cache."""
@@ -116,6 +118,15 @@ def ours(program, shape, tokens):
     return {row["tokens"]: row for row in map(json.loads, lines) if row["part"] == "gemms" and row["tile"] < 0}
 
 
+def our_layers(command, shape, tokens):
+    """Microseconds of a whole layer at each token count."""
+    name = f"{shape.hidden},{shape.inter},{shape.experts},{shape.top_k}" if shape.gated else "nemotron-nano"
+    words = [command, "bench", "--shape", name, "--backend", "sm90", "--tokens", ",".join(map(str, tokens)), "--seconds", "0.1",
+             "--json"]
+    cases = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)["cases"]
+    return {case["tokens"]: case["median_us"] for case in cases if case["routing"] == "random"}
+
+
 def versions():
     found = {"torch": torch.__version__}
     for name, module in (("triton", "triton"), ("humming", "humming_grouped"), ("deep_gemm", "deepgemm_grouped")):
@@ -132,7 +143,8 @@ def show(row):
     mine = times.get("ours")
     rest = "  ".join(f"{name} {us:.1f} ({us / mine:.2f}x)" if mine else f"{name} {us:.1f}"
                      for name, us in times.items() if name != "ours")
-    print(f"{row['shape']} T={row['tokens']} ({row['active']} experts): ours {mine}  {rest}", flush=True)
+    layer = f" (layer {row['layer_us']:.1f})" if row["layer_us"] else ""
+    print(f"{row['shape']} T={row['tokens']} ({row['active']} experts): ours {mine}{layer}  {rest}", flush=True)
 
 
 def measure(args):
@@ -142,10 +154,11 @@ def measure(args):
         print(rows[0], rows[-1], flush=True)
         mine = ours(args.program, SHAPES[name], args.tokens) if args.program else {}
         rows += mine.values()
+        layers = our_layers(args.command, SHAPES[name], args.tokens) if args.command else {}
         contest = Contest(SHAPES[name], args.rivals)
         print(f"{name}: absent {contest.absent}", flush=True)
         for tokens in args.tokens:
-            rows.append(contest.row(tokens, mine[tokens]["both_us"] if mine else None))
+            rows.append(contest.row(tokens, mine[tokens]["both_us"] if mine else None, layers.get(tokens)))
             show(rows[-1])
             record = {"command": "bench/rivals/compare.py --program PROGRAM --output FILE", "rows": rows}
             args.output.write_text(json.dumps(record, indent=1) + "\n")  # so that a run cut short leaves what it has
@@ -168,6 +181,7 @@ def warm(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", help="bench/sm90/gemms.cu, built; without it only rivals are measured")
+    parser.add_argument("--command", help="fourmoe, built: whole layers of ours, too")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))

@@ -3,7 +3,8 @@
 
     python bench/rivals/report.py RECORD... --output bench/results/sm90-rivals.json --plots docs/plots
 
-The table is Markdown: our microseconds, then every rival's time as a multiple of ours. A multiple below 1 is a loss.
+The table is Markdown: our microseconds, of the two GEMMs and of a whole layer, then every rival's time as a multiple of the
+first, and Humming's as one of the second too. A multiple below 1 is a loss.
 """
 import argparse
 import json
@@ -51,14 +52,17 @@ def figures(rows, row):
 
 
 def print_table(rows, tokens):
-    print("| shape | T | experts | ours us | TB/s | of copy | TFLOP/s | of dense |", " | ".join(COLUMNS), "|")
-    print("|---" * (8 + len(COLUMNS)) + "|")
+    print("| shape | T | experts | ours us | TB/s | of copy | TFLOP/s | of dense |", " | ".join(COLUMNS),
+          "| layer us | Humming / layer |")
+    print("|---" * (10 + len(COLUMNS)) + "|")
     for row in contests(rows):
         if tokens and row["tokens"] not in tokens:
             continue
         rate, of_copy, flops, of_dense = figures(rows, row)
         times = [fastest(row, names) for names in COLUMNS.values()]
+        layer = row.get("layer_us")
         cells = [f"{us / row['us']['ours']:.2f}" if us else "-" for us in times]
+        cells += [f"{layer:.1f}", f"{times[0] / layer:.2f}" if times[0] else "-"] if layer else ["-", "-"]
         print(f"| {row['shape']} | {row['tokens']} | {row['active']:.0f} | {row['us']['ours']:.1f} | {rate:.2f} | {of_copy:.0%} "
               f"| {flops:.0f} | {of_dense:.0%} |", " | ".join(cells), "|")
 

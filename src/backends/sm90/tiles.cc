@@ -110,7 +110,7 @@ int choose(const Load& load, i32 multiprocessors) {
   if (load.split && mean <= 8 && blocks < 0.83) return kSplitTile;
   if (load.split && load.first && mean <= 4.7 && blocks < 4.2) return kSplitTile;
   if (mean <= 17) return blocks < 4.5 ? kNarrowTile : kNarrowTile + 1;
-  constexpr f64 kMeans[] = {38, 48, 128};  // most slots an expert of the shapes that follow
+  constexpr f64 kMeans[] = {38, 48, 300};  // most slots an expert of the shapes that follow
   int tile = kNarrowTile + 2;
   for (const f64 most : kMeans) tile += mean > most ? 1 : 0;
   return tile;
