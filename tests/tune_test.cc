@@ -255,21 +255,25 @@ TEST(Shipped, IsFollowed) {
   }
 }
 
-// Where a table's choice of the one launch's tiles was faster by more than noise, the rule for layers without a table
-// takes the same.
+// Where a table's choice of the one launch's tiles was faster by more than cards differ, the rule for layers without a
+// table takes the same.
 TEST(Shipped, TeachesTheRuleOfOneLaunch) {
   Problem nemotron = cases::problem(2688, 1856, 128, 6);
   nemotron.activation.kind = ActivationKind::relu2;
   Machine h200 = with_h200();
   h200.devices[0].name = "NVIDIA H200";
+  Problem gpt_oss = cases::problem(2880, 2880, 32, 4);
+  gpt_oss.encoding = format::Encoding::mxfp4;
+  gpt_oss.activation.kind = ActivationKind::swiglu_clamped;
   int taught = 0;
-  for (const Problem& p : {cases::problem(2048, 512, 256, 8), cases::problem(2048, 768, 128, 8), nemotron,
-                           cases::problem(4096, 1536, 128, 8), cases::problem(4096, 2048, 256, 6)}) {
+  for (const Problem& p :
+       {cases::problem(2048, 512, 256, 8), cases::problem(2048, 512, 512, 10), cases::problem(2048, 768, 128, 8),
+        nemotron, gpt_oss, cases::problem(4096, 1536, 128, 8), cases::problem(4096, 2048, 256, 6)}) {
     const auto section = shipped().find(key_of(p, h200));
     if (section == shipped().end()) GTEST_SKIP() << "measured with other steps";
     for (const auto& [tokens, measured] : section->second.buckets) {
       const std::string& step = measured.choice.front();
-      if (!step.starts_with("sm90.whole ") || measured.default_seconds < 1.02 * measured.seconds) continue;
+      if (!step.starts_with("sm90.whole ") || measured.default_seconds < 1.05 * measured.seconds) continue;
       const auto variants = sm90::whole_variants(sm90::load_of(p, tokens), 132);
       EXPECT_EQ("sm90.whole " + variants.front().name, step) << key_of(p, h200).layer << " " << tokens;
       ++taught;

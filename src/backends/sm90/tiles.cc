@@ -100,9 +100,9 @@ f64 expected_hits(i32 experts, i64 slots) { return experts * (1.0 - std::exp(-st
 
 }  // namespace
 
-// Fitted to the shipped table of measured choices (tune/shipped.json), whose seven layers do not need it: gemm1 of up
-// to about four slots an expert wants the finest tiles where few of 256 rows would come to a multiprocessor; then 256
-// rows until 512 keep the card busy; wider tiles follow the slots that an expert has.
+// Fitted to the shipped table of measured choices (tune/shipped.json), whose layers do not need it: gemm1 of up to
+// about four slots an expert wants the finest tiles where few of 256 rows would come to a multiprocessor; then 256 rows
+// until 512 keep the card busy; wider tiles follow the slots that an expert has.
 int choose(const Load& load, i32 multiprocessors) {
   const f64 hits = expected_hits(load.experts, load.slots);
   const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
@@ -110,19 +110,21 @@ int choose(const Load& load, i32 multiprocessors) {
   if (load.split && mean <= 8 && blocks < 0.83) return kSplitTile;
   if (load.split && load.first && mean <= 4.7 && blocks < 4.2) return kSplitTile;
   if (mean <= 17) return blocks < 4.5 ? kNarrowTile : kNarrowTile + 1;
-  constexpr f64 kMeans[] = {38, 48, 300};  // most slots an expert of the shapes that follow
-  int tile = kNarrowTile + 2;
-  for (const f64 most : kMeans) tile += mean > most ? 1 : 0;
-  return tile;
+  if (mean <= 38) return kNarrowTile + 2;
+  if (mean <= 61) return kNarrowTile + 3;
+  const bool one = mean <= 132, two = mean > 235 && mean <= 300;  // tiles of up to 144 slots hold an expert's
+  return one || two ? kNarrowTile + 4 : kNarrowTile + 5;
 }
 
 // Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave. A block that gets three tiles
-// must not take three ahead. Fitted likewise.
+// must not take three ahead, and rows of hits with several tokens each come slowly to tiles of 256 rows. Fitted
+// likewise.
 int choose_whole(const LayerLoad& load, i32 multiprocessors) {
-  const f64 hits = expected_hits(load.experts, load.slots) / multiprocessors;
-  const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]);
-  if (load.split && hits * load.row_tiles[1] < 9.6) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
-  return tiles < 37 ? kWholeTile + 1 : kWholeTile + 2;
+  const f64 hits = expected_hits(load.experts, load.slots), share = hits / multiprocessors;
+  const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
+  const f64 tiles = share * (load.row_tiles[0] + load.row_tiles[1]);
+  if (load.split && share * load.row_tiles[1] < 9.6) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
+  return tiles < 40 && mean < 2.2 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
 int choose(const Form& form) {
