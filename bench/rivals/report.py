@@ -87,10 +87,12 @@ def draw(rows, folder):
     import matplotlib.pyplot as plt
     matplotlib.rcParams["svg.hashsalt"] = "fourmoe"
     panels = {name: [row for row in contests(rows) if row["shape"] == name] for name in SHAPES}
+    panels = {name: points for name, points in panels.items() if points}
+    measured = {heading: names for heading, names in COLUMNS.items() if any(fastest(row, names) for row in contests(rows))}
     for kind, title in (("ratio", "time of a rival over ours (above 1: ours is faster)"), ("rate", "TFLOP/s")):
         figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True, sharey=kind == "ratio")
         for axis, (name, points) in zip(axes.flat, panels.items()):
-            for heading, names in (COLUMNS if kind == "ratio" else {"ours": ("ours",)} | COLUMNS).items():
+            for heading, names in (measured if kind == "ratio" else {"ours": ("ours",)} | measured).items():
                 line = [(row["tokens"], fastest(row, names), row) for row in points if fastest(row, names)]
                 values = [us / row["us"]["ours"] if kind == "ratio" else
                           2e-6 * row["rows"] * SHAPES[name].weights / us for _, us, row in line]
@@ -98,11 +100,17 @@ def draw(rows, folder):
                           linewidth=2.5 if heading == "ours" else 1.2, color="black" if heading == "ours" else
                           f"C{list(COLUMNS).index(heading)}")
             axis.set(title=name, xscale="log", yscale="log", xlabel="tokens")
+            layers = [row for row in points if row.get("layer_us")]
+            if kind == "ratio" and layers:
+                axis.plot([row["tokens"] for row in layers], [row["layer_us"] / row["us"]["ours"] for row in layers], "k:",
+                          label="our whole layer")
             if kind == "ratio":
                 axis.axhline(1, color="black", linewidth=2.5)
                 axis.set(yticks=[0.5, 1, 1.4, 2, 3, 5, 10, 30], yticklabels=["0.5", "1", "1.4", "2", "3", "5", "10", "30"])
                 axis.minorticks_off()
             axis.grid(alpha=0.3)
+        for axis in axes.flat[len(panels):]:
+            axis.set_axis_off()
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=8)
         figure.suptitle(f"gemm1 + gemm2 on one H200: {title}")

@@ -2,7 +2,7 @@
 """Joins what `fourmoe bench --output` wrote of whole layers into one record and draws it.
 
     python bench/sm90/layers.py FOLDER/sm90-layer-*.json --output bench/results/sm90-layers.json
-    python bench/sm90/layers.py bench/results/sm90-layers.json --before bench/results/sm90-whole-before-after.json \
+    python bench/sm90/layers.py bench/results/sm90-layers.json --plans bench/results/sm90-medium-batches.json \
         --plot docs/plots/sm90-layers.svg
 """
 import argparse
@@ -22,18 +22,18 @@ def with_words(layer, *words):
     return cases if asked == set(words) else []
 
 
-def draw(layers, before, path):
+def draw(layers, plans, path):
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     matplotlib.rcParams["svg.hashsalt"] = "fourmoe"
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for at, shape in enumerate(dict.fromkeys(row["shape"] for row in before)):
-        for commit, style in zip(dict.fromkeys(row["commit"] for row in before), (":", "-")):
-            mine = [row for row in before if row["shape"] == shape and row["commit"] == commit]
+    for at, shape in enumerate(dict.fromkeys(row["shape"] for row in plans)):
+        for plan, style in (("split steps", ":"), ("one launch", "-")):
+            mine = [row for row in plans if (row["shape"], row["plan"], row["picks"]) == (shape, plan, "given")]
             left.plot([row["tokens"] for row in mine], [row["best_us"] / row["floor_us"] for row in mine], "o" + style,
                       color=f"C{at}", markersize=3, label=shape if style == "-" else None)
-    left.set(title="few tokens, before (dotted) and after", ylabel="time over that of the weights' bytes", ylim=(1, 6))
+    left.set(title="one launch, and the split steps (dotted)", ylabel="time over that of the weights' bytes", ylim=(1, 2.4))
     for at, layer in enumerate(layer for layer in layers if with_words(layer)):
         cases = with_words(layer)
         right.plot([case["tokens"] for case in cases], [case["share_of_copy"] for case in cases], "o-", markersize=3,
@@ -41,7 +41,7 @@ def draw(layers, before, path):
     right.set(title="share of the copy rate", ylim=(0, 1))
     for axis in (left, right):
         axis.set(xlabel="tokens", xscale="log")
-        axis.set_xticks([1, 2, 4, 8] if axis is left else [1, 8, 64, 512], minor=False)
+        axis.set_xticks([8, 16, 32, 64] if axis is left else [1, 8, 64, 512], minor=False)
         axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -54,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=pathlib.Path, nargs="+")
     parser.add_argument("--output", type=pathlib.Path)
-    parser.add_argument("--before", type=pathlib.Path, help="record of two commits, for the plot's left half")
+    parser.add_argument("--plans", type=pathlib.Path, help="record of both plans, for the plot's left half")
     parser.add_argument("--plot", type=pathlib.Path)
     args = parser.parse_args()
     layers = [layer for path in args.runs for layer in layers_of(path)]
@@ -62,7 +62,7 @@ def main():
         record = {"command": "scripts/gpu_check.sh FOLDER speed", "layers": layers}
         args.output.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
-        draw(layers, json.loads(args.before.read_text())["rows"] if args.before else [], args.plot)
+        draw(layers, json.loads(args.plans.read_text())["rows"] if args.plans else [], args.plot)
 
 
 if __name__ == "__main__":
