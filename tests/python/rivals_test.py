@@ -61,11 +61,16 @@ class ReportTest(unittest.TestCase):
             return report.read([path])["rows"]
 
     def test_table(self):
-        line = printed(report.print_table, self.rows(), None).splitlines()[-1]
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        def cells_of(rows):
+            line = printed(report.print_table, rows, None).splitlines()[-1]
+            return [cell.strip() for cell in line.strip("|").split("|")]
+        cells = cells_of(self.rows())
         # 50 experts of 4.718592 M weights at 0.5625 bytes in 100 us: 1.327 TB/s; 64 rows: 6.04 TFLOP/s.
         self.assertEqual(cells[:8], ["qwen3-30b", "8", "50", "100.0", "1.33", "33%", "6", "1%"])
-        self.assertEqual(cells[8:], ["0.90", "-", "-", "3.00", "-", "-", "-"])
+        self.assertEqual(cells[8:], ["0.90", "-", "-", "3.00", "-", "-", "-", "-", "-"])
+        # A whole layer of 60 us beside Humming's 90.
+        with_layer = [row | {"layer_us": 60.0} if row["part"] == "rivals" else row for row in self.rows()]
+        self.assertEqual(cells_of(with_layer)[8:], cells[8:15] + ["60.0", "1.50"])
 
     def test_losses_are_named(self):
         text = printed(report.print_extremes, self.rows())
