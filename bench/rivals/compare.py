@@ -4,9 +4,9 @@
     python bench/rivals/compare.py --program build/fourmoe_bench_gemms --command build/fourmoe \
         --output bench/results/sm90-rivals.json
 
-PROGRAM is bench/sm90/gemms.cu, built; with the COMMAND of the build, whole layers of ours (routing from picks, both GEMMs,
-activation, combine) stand beside the rivals' GEMMs. Needs a torch with CUDA and Triton; humming-kernels and deep_gemm are measured
-where they are installed. A row is both GEMMs of one layer: rows sorted by expert, no activation (ours has it), no
+PROGRAM is bench/sm90/gemms.cu, built; with the COMMAND of the build, whole layers of ours (routing from picks, both
+GEMMs, activation, combine) stand beside the rivals' GEMMs. Needs a torch with CUDA and Triton; humming-kernels and
+deep_gemm are measured where they are installed. A row is both GEMMs of one layer: rows sorted by expert, no activation (ours has it), no
 routing, no combine. Every rival's results are compared with torch's before they are timed. `--warm` only compiles.
 """
 import argparse
@@ -147,6 +147,12 @@ def show(row):
     print(f"{row['shape']} T={row['tokens']} ({row['active']} experts): ours {mine}{layer}  {rest}", flush=True)
 
 
+def repeat(args):
+    """The command, with words for what differs between machines."""
+    words = ["bench/rivals/compare.py"] + ["--program PROGRAM"] * bool(args.program) + ["--command COMMAND"] * bool(args.command)
+    return " ".join(words + ["--output FILE", "--shapes", *args.shapes, "--tokens", *map(str, args.tokens), "--rivals", *args.rivals])
+
+
 def measure(args):
     rows = [{"part": "device", "name": torch.cuda.get_device_name(), "versions": versions()}]
     for name in args.shapes:
@@ -160,7 +166,7 @@ def measure(args):
         for tokens in args.tokens:
             rows.append(contest.row(tokens, mine[tokens]["both_us"] if mine else None, layers.get(tokens)))
             show(rows[-1])
-            record = {"command": "bench/rivals/compare.py --program PROGRAM --output FILE", "rows": rows}
+            record = {"command": repeat(args), "rows": rows}
             args.output.write_text(json.dumps(record, indent=1) + "\n")  # so that a run cut short leaves what it has
         del contest
         gc.collect()

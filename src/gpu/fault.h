@@ -25,7 +25,8 @@ struct Fault {
 
 // Ordered by token, then by position: of an id in the token's picks, of a scale in its blocks (below 2^20), whose byte
 // the key holds. Of a wait that was given up, which is no token's: first what for (Awaited, in the order of a call's
-// waits, for those that follow are given up too), then of which expert or token.
+// waits, for those that follow are given up too), then of which expert or token. A call of which both are true may name
+// a refused token instead.
 FOURMOE_HD u64 fault_key(FaultKind kind, i32 token, i32 position, u8 byte = 0) {
   return static_cast<u64>(token) << 32 | static_cast<u64>(position) << 12 | static_cast<u64>(byte) << 4 |
          static_cast<u64>(kind);

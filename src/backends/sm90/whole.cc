@@ -61,7 +61,7 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
 
 // An expert with more tokens than columns is multiplied again for the rest, where wider tiles do it at once; and where
 // tiles are few, only those that split K keep all multiprocessors busy, which take no more tokens than columns.
-// Measured: docs/hopper.md, "Choices".
+// Measured: docs/hopper.md, "Medium batches".
 bool suits(const Problem& problem, const Machine& machine, i64 tokens) {
   const LayerLoad load = load_of(problem, tokens);
   const f64 mean = static_cast<f64>(load.slots) / problem.experts;
