@@ -36,6 +36,18 @@ inline constexpr int kMostOf = kFewTokens / kHitTokens;     // hits of an expert
 inline constexpr int kExpertWords = gpu::kMaxExperts / 32;  // a lane each
 static_assert(kExpertWords == 32);
 
+// The tokens that take an expert, a bit each.
+struct alignas(8) Takers {
+  u32 tokens[kFewTokens / 32];
+
+  __device__ int count() const { return __popc(tokens[0]) + __popc(tokens[1]); }
+  __device__ int before(int token) const {
+    const u32 below = (1u << token % 32) - 1u;
+    return token < 32 ? __popc(tokens[0] & below) : __popc(tokens[0]) + __popc(tokens[1] & below);
+  }
+};
+static_assert(sizeof(Takers::tokens) == 8);
+
 // What a block knows of the call, of up to kPicks picks.
 template <int kPicks>
 struct Found {
@@ -122,9 +134,8 @@ struct Layer {
   // What the call does not change, and zeros.
   __device__ void prepare(S& shared) const {
     Found& found = shared.job;
-    for (int w = threadIdx.x; w < kMostOf * kExpertWords; w += T::kThreads)
-      found.experts[w / kExpertWords][w % kExpertWords] = 0;
-    for (int e = threadIdx.x; e < gpu::kMaxExperts; e += T::kThreads) takers_of(shared)[e] = 0;
+    for (int w = threadIdx.x; w < kExpertWords; w += T::kThreads) found.experts[0][w] = 0;
+    for (int e = threadIdx.x; many() && e < gpu::kMaxExperts; e += T::kThreads) takers_of(shared)[e] = {0, 0};
     for (int hit = threadIdx.x; hit < static_cast<int>(std::size(found.list)); hit += T::kThreads)
       found.list[hit].columns = 0;
     if (threadIdx.x == 0) {
@@ -241,11 +252,13 @@ struct Layer {
   __device__ bool many() const { return slots.tokens > kHitTokens; }
   __device__ int shared_hits() const { return shared_expert ? (slots.tokens + kHitTokens - 1) / kHitTokens : 0; }
 
-  // Memory of the ring, before weights come: [2, table_bytes()] blobs of each GEMM, of each expert the tokens that take
-  // it, a bit each, then the teams'.
+  // Memory of the ring, before weights come: [2, table_bytes()] blobs of each GEMM, with many tokens those that take
+  // each expert, then the teams'.
   __device__ std::byte* table_of(S& shared) const { return reinterpret_cast<std::byte*>(shared.stages); }
   __device__ int table_bytes() const { return bytes_of_table(gemms[0].experts); }
-  __device__ u64* takers_of(S& shared) const { return reinterpret_cast<u64*>(table_of(shared) + 2 * table_bytes()); }
+  __device__ Takers* takers_of(S& shared) const {
+    return reinterpret_cast<Takers*>(table_of(shared) + 2 * table_bytes());
+  }
 
   // The table's arrays begin at cache lines and are followed by others, so the last copy may end in what is not its.
   __device__ void fetch_table(S& shared) const {
@@ -358,7 +371,7 @@ struct Layer {
     for (int first = 0; first < slots.tokens; first += teams) {
       const bool real = index < min(teams, slots.tokens - first);
       route::Team team{real ? first + index : -1, warp & (warps - 1), warps, screened, threadIdx.x % 32};
-      u64* memory = takers_of(shared) + gpu::kMaxExperts;
+      u64* memory = reinterpret_cast<u64*>(takers_of(shared) + gpu::kMaxExperts);
       if (real) route::place_team(slots.problem, memory, index, &team);
       const route::Choice choice = route::choose(slots, team, sync, [] { gpu::isa::wait_for_earlier(); });
       if (route::has_pick(slots, team)) note(shared, team, choice);
@@ -367,6 +380,10 @@ struct Layer {
         return;
       }
       sync();  // a team's memory is the next one's
+    }
+    if (many()) {
+      count_hits(shared, warp);
+      sync();
     }
     gpu::wait(&shared.job.table, 0);
     for (int token = warp; token < slots.tokens; token += kPickers) list_hits(shared, token);
@@ -401,12 +418,21 @@ struct Layer {
     if (blockIdx.x == 0) slots.out.ids[index] = choice.id;
   }
 
-  // The token takes the expert; the first of each eight that do begins a hit.
   __device__ void take(S& shared, int expert, int token) const {
-    const u64 before = atomicOr(reinterpret_cast<unsigned long long*>(&takers_of(shared)[expert]), u64{1} << token);
-    const int others = __popcll(before);
-    if ((before >> token & 1) != 0 || others % kHitTokens != 0) return;  // a caller's ids may name it again
-    atomicOr(&shared.job.experts[others / kHitTokens][expert / 32], 1u << expert % 32);
+    if (many()) atomicOr(&takers_of(shared)[expert].tokens[token / 32], 1u << token % 32);
+    else atomicOr(&shared.job.experts[0][expert / 32], 1u << expert % 32);
+  }
+
+  // A warp, a lane an expert: every eighth of those that take it begins a hit.
+  __device__ void count_hits(S& shared, int warp) const {
+    const int lane = threadIdx.x % 32;
+    for (int word = warp; word < kExpertWords; word += kPickers) {
+      const int takers = takers_of(shared)[32 * word + lane].count();
+      for (int hit = 0; hit < kMostOf; ++hit) {
+        const u32 experts = __ballot_sync(~0u, takers > hit * kHitTokens);
+        if (lane == 0) shared.job.experts[hit][word] = experts;
+      }
+    }
   }
 
   // The epilogues' first reads: of memory they would take a microsecond in which everybody waits for them.
@@ -441,7 +467,7 @@ struct Layer {
     const int hit = first + before + hits_among(found, own / 32, (1u << own % 32) - 1u);
     const int row = token * slots.problem.top_k + __ffs(static_cast<int>(__match_any_sync(~0u, expert))) - 1;
     if (expert >= 0) {
-      const int place = many() ? __popcll(takers_of(shared)[expert] & ((u64{1} << token) - 1)) : token;
+      const int place = many() ? takers_of(shared)[expert].before(token) : token;
       add_hit(shared, hit + place / kHitTokens, expert, place % kHitTokens, token, row);
       found.row[index] = row;
     }
