@@ -51,6 +51,9 @@ class DeviceVector {
     require(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost), "download");
     return values;
   }
+  void upload(const std::vector<T>& values) const {  // size() of them
+    require(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice), "upload");
+  }
 
  private:
   T* data_ = nullptr;

@@ -6,11 +6,10 @@
 #include <random>
 
 #include "case.h"
-#include "gpu/fault.h"
 #include "gpu/hopper.h"
 #include "gpu/memory.h"
+#include "gpu/whole_call.h"
 #include "mirror.h"
-#include "weights/device_packed.h"
 
 namespace fourmoe {
 namespace {
@@ -337,70 +336,6 @@ TEST(OneLaunch, SameExpertTwice) {
   }
 }
 
-// A call of launch() itself, over memory of the test's.
-class GivenUp : public ::testing::Test {
- protected:
-  void make(i32 tokens) {
-    spec_.problem = cases::problem(256, 96, 16, 4);
-    spec_.problem.max_tokens = spec_.tokens = tokens;
-    weights_ = cases::random_layer(spec_.problem, 1, false);
-    spec_.problem = weights_.problem;
-    spec_.problem.max_tokens = tokens;
-    packed_ =
-        std::make_unique<weights::DevicePacked>(spec_.problem, weights_.experts, sm90::kPacking, 0, tbb_executor());
-    call_ = std::make_unique<cases::Call>(spec_);
-    const Problem& p = spec_.problem;
-    const i64 most = sm90::most_rows(p);
-    queue_ = DeviceVector<i32>(std::vector<i32>(sm90::queue_shape(machine().devices[0].sms).words(), 0));
-    y_ = DeviceVector<u16>(i64{sm90::most_hits(p)} * sm90::kHitTokens * p.inter);
-    z_ = DeviceVector<f32>(most * p.hidden);
-    hidden_ = DeviceVector<u8>(call_->hidden);
-    ids_ = DeviceVector<i32>(call_->ids);
-    picks_ = DeviceVector<f32>(call_->weights);
-    ids_out_ = DeviceVector<i32>(i64{tokens} * p.top_k);
-    picks_out_ = DeviceVector<f32>(i64{tokens} * p.top_k);
-    output_ = DeviceVector<f32>(i64{tokens} * p.hidden);
-    throw_unless_ok(gpu::Buffer::make(gpu::Kind::pinned, sizeof(gpu::Fault), "fault", &fault_));
-    new (fault_.data()) gpu::Fault;
-    whole_.slots.problem = p;
-    whole_.slots.tokens = tokens;
-    whole_.slots.in.ids = {ids_.data(), Dtype::i32, tokens, p.top_k, p.top_k};
-    whole_.slots.in.weights = {picks_.data(), Dtype::f32, tokens, p.top_k, p.top_k};
-    whole_.slots.out.ids = ids_out_.data();
-    whole_.slots.out.weights = picks_out_.data();
-    whole_.slots.fault = fault_.as<gpu::Fault>();
-    whole_.hidden = {hidden_.data(), Dtype::bf16, tokens, p.hidden, p.hidden};
-    whole_.table = &packed_->table();
-    whole_.work.queue = queue_.data();
-    whole_.work.y = y_.data();
-    whole_.work.z = z_.data();
-    whole_.sum.tokens = tokens;
-    whole_.sum.hidden = p.hidden;
-    whole_.sum.top_k = p.top_k;
-    whole_.sum.out.output = {output_.data(), Dtype::f32, tokens, p.hidden, p.hidden};
-    whole_.tile = tokens <= sm90::kHitTokens ? sm90::kWholeTile : sm90::kWholeTile + 1;  // the first splits K
-    whole_.wait_cycles = 2'000'000;
-  }
-
-  std::vector<f32> run() {
-    throw_unless_ok(sm90::launch(whole_, machine().devices[0].sms, nullptr));
-    throw_unless_ok(gpu::synchronise(nullptr));
-    return output_.download();
-  }
-  Status fault() const { return gpu::to_status(*fault_.as<gpu::Fault>()); }
-
-  Spec spec_;
-  checkpoint::Layer weights_;
-  std::unique_ptr<weights::DevicePacked> packed_;
-  std::unique_ptr<cases::Call> call_;
-  DeviceVector<i32> queue_, ids_, ids_out_;
-  DeviceVector<u16> y_;
-  DeviceVector<f32> z_, picks_, picks_out_, output_;
-  DeviceVector<u8> hidden_;
-  gpu::Buffer fault_;
-  sm90::Whole whole_;
-};
-
 // A wait that never ends, forced by counters of the set that the next launch uses. There are three row tiles of gemm1
 // and four of gemm2 for each hit. Blocks may give up different waits; the lowest key is kept, which is that of gemm1 of
 // expert 0, whom the first token picks.
@@ -411,26 +346,25 @@ struct Lost {
   i32 value;
 };
 
-class EveryWait : public GivenUp, public ::testing::WithParamInterface<Lost> {};
+class EveryWait : public ::testing::TestWithParam<Lost> {};
 
 TEST_P(EveryWait, IsAFaultOfThatCallAlone) {
   FOURMOE_NEEDS_HOPPER();
   const Lost& lost = GetParam();
-  make(lost.tokens);
-  const std::vector<f32> right = run(), again = run();
+  testing::WholeCall call(lost.tokens);
+  const std::vector<f32> right = call.run(), again = call.run();
   EXPECT_EQ(right, again);
-  EXPECT_TRUE(fault().ok()) << fault().detail;
-  std::vector<i32> words = queue_.download();
+  EXPECT_TRUE(call.fault().ok()) << call.fault().detail;
+  std::vector<i32> words = call.queue().download();
   for (i32 i = 0; i < lost.count; ++i) words[gpu::QueueShape::kLine + lost.first + i] = lost.value;
-  queue_ = DeviceVector<i32>(words);
-  whole_.work.queue = queue_.data();
-  const std::vector<f32> wrong = run();
-  EXPECT_EQ(fault().reason, Reason::device_failed);
-  EXPECT_NE(fault().detail.find(lost.awaited), std::string::npos) << fault().detail;
+  call.queue().upload(words);
+  const std::vector<f32> wrong = call.run();
+  EXPECT_EQ(call.fault().reason, Reason::device_failed);
+  EXPECT_NE(call.fault().detail.find(lost.awaited), std::string::npos) << call.fault().detail;
   for (const f32 value : wrong) EXPECT_TRUE(std::isnan(value));
-  new (fault_.data()) gpu::Fault;
-  for (int i = 0; i < 4; ++i) EXPECT_EQ(run(), right) << i;
-  EXPECT_TRUE(fault().ok()) << fault().detail;
+  call.forget_fault();
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(call.run(), right) << i;
+  EXPECT_TRUE(call.fault().ok()) << call.fault().detail;
 }
 
 constexpr i32 kEmptied = 3 * gpu::QueueShape::kLine;
