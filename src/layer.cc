@@ -130,7 +130,9 @@ std::vector<std::string> Layer::notes() const {
   return all;
 }
 
-Status Layer::choose(i64 tokens, const plan::Choice& choice) { return impl_->bf16.routed.choose(tokens, choice); }
+Status Layer::choose(i64 tokens, const plan::Choice& choice, Dtype hidden) {
+  return (hidden == Dtype::f16 ? impl_->f16 : impl_->bf16).routed.choose(tokens, choice);
+}
 const checkpoint::Layer& Layer::weights() const { return impl_->weights; }
 
 i64 Layer::workspace_bytes() const {

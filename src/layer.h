@@ -71,7 +71,7 @@ class Layer {
   // The routed experts' calls of the bucket of so many tokens, of bf16 or f32, follow the choice from now on; empty:
   // the rule. Refuses one that cannot be followed. No call may be under way; workspace_bytes() may grow, and graphs
   // that captured the layer's own workspace are to be captured anew.
-  Status choose(i64 tokens, const plan::Choice& choice);
+  Status choose(i64 tokens, const plan::Choice& choice, format::Dtype hidden = format::Dtype::bf16);
 
   // Other weights of the same shapes for the same plans, as the constructor takes them; on a GPU the packed weights
   // keep their addresses, so captured graphs stay valid. No call may be under way; on a GPU it waits for all that the

@@ -36,6 +36,7 @@ template <int kPieces>
 struct Pieces {
   uint4 at[kPieces];
 
+  Pieces() = default;
   __device__ __forceinline__ Pieces(int first, int end) {
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {

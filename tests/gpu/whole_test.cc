@@ -59,7 +59,7 @@ struct Result {
 
 Result run(Layer* layer, const plan::Choice& choice, const cases::Call& call, std::vector<f32>* logits) {
   const Spec& s = call.spec;
-  throw_unless_ok(layer->choose(s.tokens, choice));
+  throw_unless_ok(layer->choose(s.tokens, choice, s.hidden));
   Result result;
   result.ids.assign(i64{s.tokens} * s.problem.top_k, -7);
   result.weights.assign(i64{s.tokens} * s.problem.top_k, -7.0f);
@@ -316,6 +316,26 @@ TEST(OneLaunch, OfMxfp4GivesTheBitsOfTheSplitSteps) {
     std::vector<f32> logits = random_logits(layer.problem(), s.tokens, s.tokens);
     SCOPED_TRACE(s.tokens);
     expect_same(&layer, call, &logits);
+  }
+}
+
+// f16 tokens are two planes of bf16 each, and so is what gemm1 hands on.
+TEST(OneLaunch, OfF16GivesTheBitsOfTheSplitSteps) {
+  FOURMOE_NEEDS_HOPPER();
+  for (const format::Encoding encoding : {format::Encoding::nvfp4, format::Encoding::mxfp4}) {
+    for (const i32 inter : {96, 1088}) {  // a single token's y in one piece, and in several
+      Spec s;
+      s.problem = cases::problem(192, inter, 32, 4);
+      s.problem.encoding = encoding;
+      s.hidden = Dtype::f16;
+      Layer layer(cases::random_layer(s.problem, 3, true), options());
+      for (const i32 tokens : token_counts(s.problem.top_k)) {
+        s.tokens = tokens;
+        std::vector<f32> logits = random_logits(layer.problem(), tokens, tokens);
+        SCOPED_TRACE(std::to_string(tokens) + " tokens, inter " + std::to_string(inter));
+        expect_same(&layer, cases::Call(s), &logits);
+      }
+    }
   }
 }
 

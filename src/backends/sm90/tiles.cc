@@ -120,6 +120,7 @@ int choose(const Load& load, i32 multiprocessors) {
 // must not take three ahead, and rows of hits with several tokens each come slowly to tiles of 256 rows. Fitted
 // likewise.
 int choose_whole(const LayerLoad& load, i32 multiprocessors) {
+  if (!(load.form == Form{})) return choose(load.form, kWholeTile);
   const f64 hits = expected_hits(load.experts, load.slots), share = hits / multiprocessors;
   const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
   const f64 tiles = share * (load.row_tiles[0] + load.row_tiles[1]);
@@ -127,9 +128,9 @@ int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   return tiles < 40 && mean < 2.2 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
-int choose(const Form& form) {
+int choose(const Form& form, int first) {
   if (form == Form{}) return -1;
-  for (int tile = 0; tile < kTileShapeCount; ++tile) {
+  for (int tile = first; tile < kAllTileShapes; ++tile) {
     if (kTileShapes[tile].form == form) return tile;
   }
   return -1;
@@ -176,7 +177,7 @@ std::vector<Variant> variants(const Load& load, const Form& form, i32 multiproce
 
 std::vector<Variant> whole_variants(const LayerLoad& load, i32 multiprocessors) {
   const Load second{load.row_tiles[1], load.experts, load.slots, load.split, false};
-  return list_variants(choose_whole(load, multiprocessors), kWholeTile, kAllTileShapes, second, {});
+  return list_variants(choose_whole(load, multiprocessors), kWholeTile, kAllTileShapes, second, load.form);
 }
 
 Form form_of(const Problem& problem) {

@@ -86,6 +86,7 @@ inline constexpr TileShape kTileShapes[] = {
     {4, 1, 8, false, {8, 8}, 2, {}, 3},
     {4, 2, 4, false, {8, 8}, 2, {}, 2},
     {4, 1, 7, true, {8, 8}, 2, {}, 3},
+    {4, 1, 7, false, {8, 8}, 2, {false, 2}, 3},
 };
 inline constexpr int kSplitTile = 0;
 inline constexpr int kNarrowTile = 1;
@@ -109,6 +110,7 @@ struct LayerLoad {
   i32 experts;
   i64 slots;
   bool split;
+  Form form = {};
 };
 
 // The shape for a GEMM.
@@ -117,8 +119,8 @@ int choose(const Load& load, i32 multiprocessors);
 // The shape for a layer in one launch.
 int choose_whole(const LayerLoad& load, i32 multiprocessors);
 
-// The shape for a form that has one, -1 for the usual form.
-int choose(const Form& form);
+// The shape of one GEMM, or of a layer, for a form that has one; -1 for the usual form.
+int choose(const Form& form, int first = 0);
 
 // groups x rows x stages, "s" where K is split, and the sizes: "4x1x8:24,16,8". Then what differs from the usual feed
 // and form: "+f2", "+dense", "+p2".

@@ -25,10 +25,6 @@ Verdict can_whole(const Problem& problem, const Machine& machine) {
     return reject(Reason::encoding_unsupported,
                   fmt::format("weights are {}; nvfp4 or mxfp4 would pass", format::encoding_name(problem.encoding)));
   }
-  if (problem.activations != format::Dtype::bf16) {
-    return reject(Reason::dtype_unsupported,
-                  fmt::format("activations are {}; bf16 would pass", format::dtype_name(problem.activations)));
-  }
   if (problem.precision != Precision::w4a16) {
     return reject(Reason::precision_unsupported, "w4a4 quantises between the GEMMs; w4a16 would pass");
   }
@@ -43,9 +39,10 @@ i64 kept(const Problem&, const Machine& machine) { return 4 * i64{queue_shape(de
 i64 carve(const Problem& problem, const Machine& machine, std::byte* memory, Work* work) {
   Carver carver(memory);
   work->queue = reinterpret_cast<i32*>(carver.take<std::byte>(kept(problem, machine)));
-  work->rows = carver.take<u16>(i64{problem.max_tokens} * problem.hidden);
+  const i64 planes = form_of(problem).planes;
+  work->rows = carver.take<u16>(planes * problem.max_tokens * problem.hidden);
   const i32 rows = problem.max_tokens == 1 ? most_rows(problem) : most_hits(problem) * kHitTokens;
-  work->y = carver.take<u16>(i64{rows} * problem.inter);
+  work->y = carver.take<u16>(planes * rows * problem.inter);
   work->z = carver.take<f32>(i64{most_rows(problem)} * problem.hidden);
   return carver.used();
 }
@@ -105,7 +102,8 @@ LayerLoad load_of(const Problem& problem, i64 tokens) {
   return {{row_tiles(rows1), row_tiles(problem.hidden)},
           problem.local_experts,
           tokens * problem.top_k,
-          !problem.batch_invariant && tokens <= kHitTokens};
+          !problem.batch_invariant && tokens <= kHitTokens,
+          form_of(problem)};
 }
 
 // An expert has a hit for every eight of its tokens and one for the rest.

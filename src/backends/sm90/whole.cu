@@ -10,7 +10,8 @@ namespace {
 
 struct Rounding {
   format::Tensor hidden;
-  u16* rows;  // [hidden.rows, hidden.cols] bf16
+  u16* rows;  // [hidden.rows, hidden.cols] bf16, then the same of the second plane
+  bool two;   // planes, of f16
 };
 
 __global__ void __launch_bounds__(256) round_tokens(const __grid_constant__ Rounding a) {
@@ -20,12 +21,21 @@ __global__ void __launch_bounds__(256) round_tokens(const __grid_constant__ Roun
   if (i >= a.hidden.rows * octets) return;
   f32 x[8];
   gpu::load_octet(a.hidden.row(i / octets), a.hidden.dtype, i % octets, x);
-  reinterpret_cast<uint4*>(a.rows)[i] = gpu::octet_bf16(x);
+  uint4* rows = reinterpret_cast<uint4*>(a.rows);
+  if (!a.two) {
+    rows[i] = gpu::octet_bf16(x);
+    return;
+  }
+  gpu::Planes pair[4];
+  for (int j = 0; j < 4; ++j) pair[j] = gpu::planes_of_f16(x[2 * j], x[2 * j + 1]);
+  rows[i] = {pair[0].high, pair[1].high, pair[2].high, pair[3].high};
+  rows[a.hidden.rows * octets + i] = {pair[0].low, pair[1].low, pair[2].low, pair[3].low};
 }
 
 Status launch_round(const Whole& call, void* stream) {
   const i64 octets = call.hidden.rows * call.hidden.cols / 8;
-  return gpu::launch("round", round_tokens, {(octets + 255) / 256, 256}, Rounding{call.hidden, call.work.rows}, stream);
+  return gpu::launch("round", round_tokens, {(octets + 255) / 256, 256},
+                     Rounding{call.hidden, call.work.rows, form_of(call.slots.problem).planes == 2}, stream);
 }
 
 template <class T, bool kSingle>
@@ -40,8 +50,11 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   Layer<T, kSingle> job{};
   job.gemms[0] = Operands{table.gemm1, entries, row_tiles(rows1), k_steps(problem.hidden)};
   job.gemms[1] = Operands{table.gemm2, entries, row_tiles(problem.hidden), k_steps(problem.inter)};
+  const i32 rows_of_y = kSingle ? problem.top_k + 1 : most_hits(problem) * kHitTokens;  // of a plane
+  job.gemms[0].plane = call.slots.tokens;
+  job.gemms[1].plane = rows_of_y;
   job.activate = {table.gemm1_globals, table.gate_bias, table.up_bias, problem.activation,
-                  call.work.y,         nullptr,         problem.inter};
+                  call.work.y,         nullptr,         problem.inter, i64{rows_of_y} * problem.inter};
   job.project = {table.gemm2_globals, table.down_bias, call.work.z, problem.hidden};
   job.slots = call.slots;
   job.screened = call.slots.in.logits.data == nullptr || route::can_screen(call.slots);
@@ -57,10 +70,10 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   const bool rounded = call.hidden.dtype == format::Dtype::bf16;
   const u16* tokens = rounded ? reinterpret_cast<const u16*>(call.hidden.data) : call.work.rows;
   const i64 stride = rounded && call.slots.tokens > 1 ? call.hidden.stride : problem.hidden;  // one row's is nobody's
-  const gpu::MappedRows of_tokens{tokens, call.slots.tokens, problem.hidden, stride};
+  const gpu::MappedRows of_tokens{tokens, i64{T::kPlanes} * call.slots.tokens, problem.hidden, stride};
   Status status = gpu::map_rows(of_tokens, kHitTokens, &job.maps[0]);
   if (status.ok() && !kSingle) {
-    const gpu::MappedRows of_y{call.work.y, i64{most_hits(problem)} * kHitTokens, problem.inter, problem.inter};
+    const gpu::MappedRows of_y{call.work.y, i64{T::kPlanes} * rows_of_y, problem.inter, problem.inter};
     status = gpu::map_rows(of_y, kHitTokens, &job.maps[1]);
   }
   if (status.ok() && call.slots.tokens > kHitTokens) status = gpu::map_rows(of_tokens, 1, &job.maps[2]);

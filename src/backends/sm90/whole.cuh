@@ -101,7 +101,7 @@ struct Layer {
   using Queue = gpu::Queue<gpu::isa::Atomic>;
   CUtensorMap maps[3];  // the tokens, eight rows at once; y, likewise; the tokens, row by row
   Operands gemms[2];
-  Activate<1> activate;
+  Activate<T::kPlanes> activate;
   Project project;
   route::DeviceSlots slots;
   i32 team_shift;  // 2^team_shift warps pick for a token
@@ -186,14 +186,19 @@ struct Layer {
   // them are nobody's.
   __device__ bool brings(const gpu::Tile& tile) const { return tile.width == 1 && kSingle; }
   __device__ void bring(S& shared, const gpu::Tile& tile, gpu::Cursor<T::kStages>* cursor) const {
-    constexpr int kPieces = 4, kOfStage = T::kDepth * 8;  // 16 bytes: of a lane at once, of a stage
+    constexpr int kPieces = 4 / T::kPlanes, kOfStage = T::kDepth * 8;  // 16 bytes: of a lane at once, of a stage
     const int lane = threadIdx.x % 32, end = gemms[1].steps * 8;
     const u16* y = activate.y + i64{shared.job.list[tile.slot].row[0]} * activate.inter;
     const i64 begin = clock64();
     for (int first = 0; first < end; first += 32 * kPieces) {
-      gpu::Pieces<kPieces> pieces(first + lane, activate.inter / 8);
-      await_since(begin, shared.job, gpu::Awaited::tokens, tile.expert,
-                  [&] { return pieces.fetch(reinterpret_cast<const uint4*>(y), first + lane); });
+      gpu::Pieces<kPieces> planes[T::kPlanes];
+#pragma unroll
+      for (int plane = 0; plane < T::kPlanes; ++plane) {
+        planes[plane] = {first + lane, activate.inter / 8};
+        const uint4* row = reinterpret_cast<const uint4*>(y + plane * activate.plane);
+        await_since(begin, shared.job, gpu::Awaited::tokens, tile.expert,
+                    [&] { return planes[plane].fetch(row, first + lane); });
+      }
 #pragma unroll
       for (int stage = 0; stage < 32 * kPieces / kOfStage; ++stage) {
         if (first + stage * kOfStage >= end) break;
@@ -203,7 +208,11 @@ struct Layer {
         for (int j = 0; j < kPieces; ++j) {
           const int piece = lane + 32 * j - stage * kOfStage;
           if (piece < 0 || piece >= kOfStage) continue;
-          gpu::isa::store_shared_16(to + piece / 8 * T::kPlaneBytes + piece % 8 * 16, pieces.at[j]);
+          const u32 at = to + piece / 8 * (T::kPlanes * T::kPlaneBytes) + piece % 8 * 16;
+#pragma unroll
+          for (int plane = 0; plane < T::kPlanes; ++plane) {
+            gpu::isa::store_shared_16(at + plane * T::kPlaneBytes, planes[plane].at[j]);
+          }
         }
         gpu::isa::fence_async_proxy();
         __syncwarp();
@@ -283,8 +292,9 @@ struct Layer {
 
   __device__ gpu::Empties empties() const {
     const int rows = slots.tokens * (slots.problem.top_k + (shared_expert ? 1 : 0));
-    return {reinterpret_cast<uint4*>(activate.y), reinterpret_cast<uint4*>(project.z),
-            kSingle ? rows * (activate.inter / 8) : 0, rows * (project.hidden / 4)};
+    const int of_y = T::kPlanes * (slots.problem.top_k + 1) * (activate.inter / 8);
+    return {reinterpret_cast<uint4*>(activate.y), reinterpret_cast<uint4*>(project.z), kSingle ? of_y : 0,
+            rows * (project.hidden / 4)};
   }
 
   // One warp: a part, and more where fewer blocks than parts have come.

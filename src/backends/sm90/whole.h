@@ -26,9 +26,9 @@ inline constexpr i32 kMostHits = kFewPicks + kFewTokens / kHitTokens;  // a toke
 // Device memory of the step, for calls of up to problem.max_tokens.
 struct Work {
   i32* queue = nullptr;  // [queue_shape().words()] zeros before the first of the launches that share it
-  u16* rows = nullptr;   // [max_tokens, hidden] tokens rounded to bf16, where they are not
-  u16* y = nullptr;      // [most_hits * kHitTokens, inter] bf16, hit by column; of a single token [top_k + 1, inter]
-  f32* z = nullptr;      // [most_rows, hidden]
+  u16* rows = nullptr;   // [planes, max_tokens, hidden] tokens rounded to bf16, where they are not; f16 in two planes
+  u16* y = nullptr;  // [planes, most_hits * kHitTokens, inter] hit by column; one token's [planes, top_k + 1, inter]
+  f32* z = nullptr;  // [most_rows, hidden]
 };
 
 i32 most_hits(const Problem& problem);
@@ -38,7 +38,7 @@ LayerLoad load_of(const Problem& problem, i64 tokens);  // chooses the tile
 
 struct Whole {
   route::DeviceSlots slots;                     // out.ids and out.weights are written
-  format::Tensor hidden;                        // [tokens, hidden] bf16|f32; caller's
+  format::Tensor hidden;                        // [tokens, hidden] bf16|f32, or f16; caller's
   const weights::DeviceTable* table = nullptr;  // the layer's
   Work work;
   bool clears = false;     // work.queue is nobody's between calls: a launch before the one clears it
