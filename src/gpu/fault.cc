@@ -9,10 +9,10 @@ namespace fourmoe::gpu {
 namespace {
 
 std::string awaited(u64 key) {
-  switch (static_cast<Awaited>(fault_token(key))) {
+  switch (fault_awaited(key)) {
     case Awaited::empty: return "memory to be emptied";
-    case Awaited::tokens: return fmt::format("gemm1 of local expert {}", fault_position(key));
-    case Awaited::sums: return fmt::format("gemm2 of token {}", fault_position(key));
+    case Awaited::tokens: return fmt::format("gemm1 of local expert {}", fault_of(key));
+    case Awaited::sums: return fmt::format("gemm2 of token {}", fault_of(key));
   }
   return "something";
 }

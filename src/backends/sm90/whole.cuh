@@ -535,7 +535,7 @@ struct Layer {
   }
 
   __device__ void give_up(Found& found, gpu::Awaited awaited, int of) const {
-    const u64 key = gpu::fault_key(gpu::FaultKind::wait, static_cast<i32>(awaited), of);
+    const u64 key = gpu::wait_key(awaited, of);
     atomicMin(reinterpret_cast<unsigned long long*>(&slots.fault->first), key);
     found.late = true;
   }
