@@ -138,6 +138,11 @@ class Layer {
   DeviceVector<f32> z_;
 };
 
+f64 median(std::vector<f64> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
 // A graph of `layers` calls of body(i, stream), replayed.
 class Replay {
  public:
@@ -162,8 +167,7 @@ class Replay {
     for (f64 spent = 0; spent < 120e3;) spent += once();
     std::vector<f64> times;
     for (f64 spent = 0; spent < 80e3 || times.size() < 5; spent += times.back()) times.push_back(once());
-    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-    return times[times.size() / 2] / layers_;
+    return median(std::move(times)) / layers_;
   }
 
  private:
@@ -201,22 +205,30 @@ Replay replay_both(const Layer& layer, const std::vector<Routing>& rs, int tile)
   });
 }
 
-// In turns, each beginning with another, so that clocks are alike: the least of four medians each.
+// In turns, each beginning with another, so that clocks are alike: medians of the turns, and of each turn's share of
+// the same weights in one allocation. One allocation is there twice: what the second differs by is no cost of splits.
 void measure_splits(const Shape& s, const std::vector<int>& batch, const std::vector<std::vector<Routing>>& all,
                     i64 max_slots, int multiprocessors) {
+  constexpr std::size_t kTurns = 5;
+  constexpr int kBuffers[] = {1, 1, 2, 4, 8};
   std::vector<Layer> layers;
-  for (const int buffers : {1, 2, 4, 8}) layers.emplace_back(s, max_slots, multiprocessors, buffers);
+  for (const int buffers : kBuffers) layers.emplace_back(s, max_slots, multiprocessors, buffers);
   for (std::size_t b = 0; b < batch.size(); ++b) {
-    std::vector<f64> best(layers.size(), 1e30);
-    for (std::size_t turn = 0; turn < layers.size(); ++turn) {
+    std::vector<std::vector<f64>> times(layers.size());
+    for (std::size_t turn = 0; turn < kTurns; ++turn) {
       for (std::size_t k = 0; k < layers.size(); ++k) {
         const std::size_t i = (turn + k) % layers.size();
-        best[i] = std::min(best[i], replay_both(layers[i], all[b], -1).microseconds());
+        times[i].push_back(replay_both(layers[i], all[b], -1).microseconds());
       }
     }
     for (std::size_t i = 0; i < layers.size(); ++i) {
-      std::printf("{\"part\": \"splits\", \"shape\": \"%s\", \"tokens\": %d, \"buffers\": %d, \"both_us\": %.2f}\n",
-                  s.name, batch[b], 1 << i, best[i]);
+      std::vector<f64> shares;
+      for (std::size_t turn = 0; turn < kTurns; ++turn) shares.push_back(times[i][turn] / times[0][turn]);
+      std::printf(
+          "{\"part\": \"splits\", \"shape\": \"%s\", \"tokens\": %d, \"buffers\": %d, \"both_us\": %.2f, "
+          "\"of_one\": %.4f, \"least\": %.4f, \"most\": %.4f}\n",
+          s.name, batch[b], kBuffers[i], median(times[i]), median(shares),
+          *std::min_element(shares.begin(), shares.end()), *std::max_element(shares.begin(), shares.end()));
     }
     std::fflush(stdout);
   }
