@@ -77,7 +77,7 @@ __device__ int row_blocks(const Operands& operands) {
 //   const Operands& operands(int width)    the GEMM that tiles of this width belong to
 //   const std::byte* blob(S&, tile)        its expert's weights
 //   const CUtensorMap& tokens(tile)        its tokens
-//   int boxes(S&, tile)                    in which they come, of each K step
+//   int boxes(S&, tile)                    in which they come, of each K step; a lane each of a stage's
 //   int box_rows(tile)                     of each box
 //   int first_row(S&, tile, box)           likewise
 //   void wait(S&, tile)                    until the tile's tokens are there; one warp
@@ -118,7 +118,7 @@ __device__ void load_weights(Block<T, typename Job::Memory>& shared, const Job& 
 // One warp: tokens into the ring, a lane a box.
 template <class T, class Job>
 __device__ void load_tokens(Block<T, typename Job::Memory>& shared, const Job& job) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, box = lane / T::kDepth, within = lane % T::kDepth;  // K step of the stage
   gpu::Reader<T::kFeed> reader(shared.feed);
   gpu::Cursor<T::kStages> cursor;
   gpu::isa::wait_for_earlier();
@@ -131,21 +131,19 @@ __device__ void load_tokens(Block<T, typename Job::Memory>& shared, const Job& j
     job.wait(shared, tile);
     const int boxes = job.boxes(shared, tile);
     const u32 bytes = job.box_rows(tile) * 128;
+    const CUtensorMap* map = &job.tokens(tile);
+    const int row = box < boxes ? job.first_row(shared, tile, box) : 0;
     for (int step = 0; step < operands.steps; step += T::kDepth, cursor.advance()) {
       const int depth = min(T::kDepth, operands.steps - step);
       u64* full = &shared.ring.full[cursor.stage];
       gpu::wait(&shared.ring.empty[cursor.stage], cursor.lap ^ 1);
       if (lane == 0) gpu::isa::barrier_expect(full, depth * T::kPlanes * boxes * bytes);
       __syncwarp();
-      for (int i = lane; i < T::kDepth * boxes; i += 32) {
-        const int column = (step + i % T::kDepth) * kTileColumns, box = i / T::kDepth;
-        if (i % T::kDepth >= depth) continue;
-        u8* to = shared.stages[cursor.stage].tokens[i % T::kDepth] + box * bytes;
+      if (box >= boxes || within >= depth) continue;
+      u8* to = shared.stages[cursor.stage].tokens[within] + box * bytes;
 #pragma unroll
-        for (int plane = 0; plane < T::kPlanes; ++plane, to += T::kPlaneBytes) {
-          const int row = job.first_row(shared, tile, box) + plane * operands.plane;
-          gpu::isa::box_load(to, &job.tokens(tile), column, row, full);
-        }
+      for (int plane = 0; plane < T::kPlanes; ++plane, to += T::kPlaneBytes) {
+        gpu::isa::box_load(to, map, (step + within) * kTileColumns, row + plane * operands.plane, full);
       }
     }
   }

@@ -94,6 +94,7 @@ struct Layer {
       T::kStages * sizeof(typename T::Stage) - 2 * bytes_of_table(gpu::kMaxExperts + 1) - 8 * gpu::kMaxExperts;
   static_assert(kPickBytes >= 8 * (3 * gpu::kMaxExperts + route::kMaxWarps / 2));
   static constexpr int kPicks = T::kSplit ? kHitTokens * 32 : kFewPicks;  // top_k <= 32
+  static_assert(T::kSplit || kHitTokens * T::kDepth <= 32);  // boxes of a stage that are gathered, a lane each
   using Found = sm90::Found<kPicks>;
   using Memory = Found;
   static constexpr int kPickers = 4 * T::kGroups;  // warps
