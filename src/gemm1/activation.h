@@ -13,12 +13,23 @@
 
 namespace fourmoe::gemm1 {
 
-template <class T>
-FOURMOE_HD T sigmoid(T x) {
+// e^x; a room may have another.
+struct Exponential {
+  template <class T>
+  FOURMOE_HD T operator()(T x) const {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == sizeof(f32)) return __fdividef(1.0f, 1.0f + __expf(-x));  // 4 instructions, 2^-21 apart
+    if constexpr (sizeof(T) == sizeof(f32)) return __expf(x);
 #endif
-  return T(1) / (T(1) + std::exp(-x));
+    return std::exp(x);
+  }
+};
+
+template <class T, class Exp>
+FOURMOE_HD T sigmoid(T x, const Exp& exp) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(f32)) return __fdividef(1.0f, 1.0f + exp(-x));  // 2^-21 apart
+#endif
+  return T(1) / (T(1) + exp(-x));
 }
 
 template <class T>
@@ -32,15 +43,15 @@ FOURMOE_HD T gelu_tanh(T x) {
 }
 
 // `gate` is ignored by forms without one.
-template <class T>
-FOURMOE_HD T activate(const Activation& activation, T gate, T up) {
+template <class T, class Exp = Exponential>
+FOURMOE_HD T activate(const Activation& activation, T gate, T up, const Exp& exp = {}) {
   switch (activation.kind) {
-    case ActivationKind::swiglu: return gate * sigmoid(gate) * up;
+    case ActivationKind::swiglu: return gate * sigmoid(gate, exp) * up;
     case ActivationKind::swiglu_clamped: {
       const T limit = activation.limit;
       const T g = std::min(gate, limit);
       const T u = std::clamp(up, -limit, limit);
-      return g * sigmoid(T(activation.alpha) * g) * (u + T(activation.beta));
+      return g * sigmoid(T(activation.alpha) * g, exp) * (u + T(activation.beta));
     }
     case ActivationKind::geglu_erf: return gelu_erf(gate) * up;
     case ActivationKind::geglu_tanh: return gelu_tanh(gate) * up;

@@ -5,6 +5,7 @@
 
 #include "backends/sm90/tiles.cuh"
 #include "gemm1/activation.h"
+#include "gpu/isa/power.cuh"
 #include "gpu/values.cuh"
 
 namespace fourmoe::sm90 {
@@ -72,8 +73,8 @@ struct Activate {
 #pragma unroll
       for (int j = 0; j < kSlots / 4; ++j) {
         f32* at = d + j / 2 * 4 + j % 2;
-        at[0] =
-            gemm1::activate(fixed, at[0] * lines.scale[0] + lines.shift[0], at[2] * lines.scale[1] + lines.shift[1]);
+        const f32 gate = at[0] * lines.scale[0] + lines.shift[0], up = at[2] * lines.scale[1] + lines.shift[1];
+        at[0] = gemm1::activate(fixed, gate, up, gpu::isa::Exponential{});
       }
     };
     using enum ActivationKind;
