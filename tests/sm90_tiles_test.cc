@@ -93,7 +93,7 @@ TEST(TileOrder, CoversEverySlotOnce) { expect_cover_of_all(1600, std::make_integ
 
 // Two tiles of like N, not a full one and one of few slots.
 TEST(TileOrder, CutsEvenly) {
-  using T = Tiles<6>;
+  using T = Tiles<7>;
   static_assert(T::size(0) == 256);
   EXPECT_EQ(cut<T>(0, 0, 256, 1).slots, (std::vector<int>{256}));
   for (int count = 257; count < 288; ++count) {

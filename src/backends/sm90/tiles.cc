@@ -111,9 +111,10 @@ int choose(const Load& load, i32 multiprocessors) {
   if (load.split && load.first && mean <= 4.7 && blocks < 4.2) return kSplitTile;
   if (mean <= 17) return blocks < 4.5 ? kNarrowTile : kNarrowTile + 1;
   if (mean <= 38) return kNarrowTile + 2;
-  if (mean <= 61) return kNarrowTile + 3;
+  if (mean <= 52) return kNarrowTile + 3;
+  if (mean <= 80) return kNarrowTile + 4;
   const bool one = mean <= 132, two = mean > 235 && mean <= 300;  // tiles of up to 144 slots hold an expert's
-  return one || two ? kNarrowTile + 4 : kNarrowTile + 5;
+  return one || two ? kNarrowTile + 5 : kNarrowTile + 6;
 }
 
 // Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave. A block that gets three tiles

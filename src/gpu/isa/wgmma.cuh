@@ -146,6 +146,21 @@ struct Wgmma<64> {
 };
 
 template <>
+struct Wgmma<72> {
+  static __device__ __forceinline__ void multiply(f32 (&d)[36], const u32 (&a)[4], u64 b, bool add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %41, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35}, "
+        "{%36, %37, %38, %39}, %40, p, 1, 1, 0;\n}"
+        : FOURMOE_D32(d, 0), FOURMOE_D4(d, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+  }
+};
+
+template <>
 struct Wgmma<80> {
   static __device__ __forceinline__ void multiply(f32 (&d)[40], const u32 (&a)[4], u64 b, bool add) {
     asm volatile(
@@ -156,6 +171,21 @@ struct Wgmma<80> {
         "%32, %33, %34, %35, %36, %37, %38, %39}, "
         "{%40, %41, %42, %43}, %44, p, 1, 1, 0;\n}"
         : FOURMOE_D32(d, 0), FOURMOE_D8(d, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+  }
+};
+
+template <>
+struct Wgmma<88> {
+  static __device__ __forceinline__ void multiply(f32 (&d)[44], const u32 (&a)[4], u64 b, bool add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %49, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n88k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43}, "
+        "{%44, %45, %46, %47}, %48, p, 1, 1, 0;\n}"
+        : FOURMOE_D32(d, 0), FOURMOE_D8(d, 32), FOURMOE_D4(d, 40)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
   }
 };
