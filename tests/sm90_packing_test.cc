@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <random>
+#include <set>
 
 #include "backends/sm90/atom.h"
 #include "backends/sm90/tiles.h"
@@ -65,10 +66,25 @@ void expect_equal(const Matrix& m) {
   for (int row = 0; row < row_tiles(m.rows) * 64; ++row) {
     for (int column = 0; column < k_steps(m.cols) * 64; ++column) {
       const f64 found = operand(blob, m.encoding, m.cols, row, column) * std::ldexp(global, -kProductExponent);
-      const f64 wanted = row < m.rows && column < m.cols ? format::weight_at(m, row, column) : 0.0;
+      const int feature = feature_of(false, row);
+      const f64 wanted = feature < m.rows && column < m.cols ? format::weight_at(m, feature, column) : 0.0;
       ASSERT_EQ(found, wanted) << row << ", " << column;
     }
   }
+}
+
+// A thread's rows g and g + 8 are what epilogues take them for, and each feature is there once.
+TEST(Sm90Packing, RowsOfAThreadBelongTogether) {
+  for (int row = 0; row < 64; row += row % 16 == 7 ? 9 : 1) {
+    EXPECT_EQ(feature_of(true, row), feature_of(true, row + 8));
+    EXPECT_EQ(feature_of(false, row) + 1, feature_of(false, row + 8));
+    EXPECT_EQ(feature_of(false, row) % 2, 0);
+  }
+  std::set<int> gated, alone;
+  for (int row = 0; row < 64; ++row) gated.insert(feature_of(true, row)), alone.insert(feature_of(false, row));
+  EXPECT_EQ(gated.size(), 32u);
+  EXPECT_EQ(alone.size(), 64u);
+  EXPECT_EQ(*alone.rbegin(), 63);
 }
 
 // Windows that begin at every exponent; each of their 127 scales with all codes.

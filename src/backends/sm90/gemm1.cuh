@@ -24,20 +24,28 @@ struct Activate {
 
   static constexpr bool takes(const Form& form) { return form.planes == kPlanes; }
 
-  // What a thread reads beside its sums: rows g and g + 8 are sum * scale + shift.
+  // What a thread reads beside its sums: before them, and with them. Rows g and g + 8 are sum * scale + shift.
+  struct Scales {
+    f32 of[2];
+  };
   struct Lines {
     f32 scale[2];
     f32 shift[2];
   };
 
+  __device__ Scales scales(int expert) const {
+    const f32 up = globals[2 * expert + 1];
+    return {{activation.gated() ? globals[2 * expert] : up, up}};
+  }
+
   template <class Place>
-  __device__ Lines lines(const Place& place) const {
+  __device__ Lines lines(const Place& place, const Scales& scales) const {
     const int feature = feature_of(place);
     if (feature >= inter) return {};
-    const i64 index = i64{place.expert} * inter + feature + threadIdx.x % 32 / 4;
-    const f32 up = ldexpf(globals[2 * place.expert + 1], -kProductExponent), shift = bias_of(up_bias, index);
-    if (!activation.gated()) return {{up, up}, {shift, bias_of(up_bias, index + 8)}};
-    return {{ldexpf(globals[2 * place.expert], -kProductExponent), up}, {bias_of(gate_bias, index), shift}};
+    const i64 index = i64{place.expert} * inter + feature + threadIdx.x % 32 / 4 * (activation.gated() ? 1 : 2);
+    const f32* first = activation.gated() ? gate_bias : up_bias;
+    return {{ldexpf(scales.of[0], -kProductExponent), ldexpf(scales.of[1], -kProductExponent)},
+            {bias_of(first, index), bias_of(up_bias, activation.gated() ? index : index + 1)}};
   }
 
   // Sums become features where they stand: each way of writing them is code once, not once for every activation.
@@ -47,11 +55,11 @@ struct Activate {
     if (feature >= inter) return;
     if (activation.gated()) {
       gate<kSlots>(lines, d);
-      write<kSlots, 0>(place, feature, d);
+      write<kSlots>(place, feature, d);
     } else {
       square<kSlots>(lines, d);
-      write<kSlots, 0>(place, feature, d);
-      write<kSlots, 1>(place, feature + 8, d);
+      if (y != nullptr) write_pairs<kSlots>(place, y, feature, d);
+      else write_pairs<kSlots>(place, y_wide, feature, d);
     }
   }
 
@@ -103,36 +111,63 @@ struct Activate {
     return {*reinterpret_cast<const u32*>(&pair), 0};
   }
 
-  // A warp's 8 features of all slots: d[4j + 2 kHalf + c] is feature g of slot 8j + 2t + c.
-  template <int kSlots, int kHalf, class Place>
+  // With a gate, a warp's 8 features of all slots: d[4j + c] is feature g of slot 8j + 2t + c.
+  template <int kSlots, class Place>
   __device__ void write(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
-    if (y == nullptr) return write_wide<kSlots, kHalf>(place, feature, d);
+    if (y == nullptr) return write_wide<kSlots>(place, feature, d);
     const int lane = threadIdx.x % 32;
     u16* row = y + i64{place.row(lane / 4)} * inter + feature + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
-      const gpu::Planes pair = planes_of(d[4 * j + 2 * kHalf], d[4 * j + 2 * kHalf + 1]);
+      const gpu::Planes pair = planes_of(d[4 * j], d[4 * j + 1]);
       const u32 high = gpu::isa::transpose(pair.high);  // slot 8j + g, features 2t, 2t + 1
       const u32 low = kPlanes == 2 ? gpu::isa::transpose(pair.low) : 0;
-      if (place.uses(8 * j + lane / 4)) {
-        place.put(reinterpret_cast<u32*>(row), high);
-        if constexpr (kPlanes == 2) place.put(reinterpret_cast<u32*>(row + plane), low);
-      }
+      if (place.uses(8 * j + lane / 4)) put(place, row, {high, low});
       row = gpu::isa::advance(row, i64{8} * inter * sizeof(u16));
     }
   }
 
-  template <int kSlots, int kHalf, class Place>
+  template <int kSlots, class Place>
   __device__ void write_wide(const Place& place, int feature, const f32 (&d)[kSlots / 2]) const {
-    const int lane = threadIdx.x % 32;
-    const int first = lane % 4 * 2;
-    f32* row = y_wide + i64{place.row(first)} * inter + feature + lane / 4;
+    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+    f32* row = y_wide + i64{place.row(column)} * inter + feature + lane / 4;
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
-      if (place.uses(first + 8 * j)) row[0] = d[4 * j + 2 * kHalf];
-      if (place.uses(first + 8 * j + 1)) row[inter] = d[4 * j + 2 * kHalf + 1];
+      if (place.uses(column + 8 * j)) row[0] = d[4 * j];
+      if (place.uses(column + 8 * j + 1)) row[inter] = d[4 * j + 1];
       row = gpu::isa::advance(row, i64{8} * inter * sizeof(f32));
     }
+  }
+
+  // Without one, 16: d[4j + c] and d[4j + 2 + c] are features 2g and 2g + 1 of slot 8j + 2t + c.
+  template <int kSlots, class Place, class T>
+  __device__ void write_pairs(const Place& place, T* first, int feature, const f32 (&d)[kSlots / 2]) const {
+    const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+    T* row[2];
+    for (int c = 0; c < 2; ++c) row[c] = first + i64{place.row(column + c)} * inter + feature + lane / 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kSlots / 8; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        T* at = row[c];
+        row[c] = gpu::isa::advance(row[c], i64{8} * inter * sizeof(T));
+        if (place.uses(column + 8 * j + c)) put(place, at, d[4 * j + c], d[4 * j + 2 + c]);
+      }
+    }
+  }
+
+  template <class Place>
+  static __device__ void put(const Place&, f32* at, f32 first, f32 second) {
+    *reinterpret_cast<float2*>(at) = {first, second};
+  }
+  template <class Place>
+  __device__ void put(const Place& place, u16* at, f32 first, f32 second) const {
+    put(place, at, planes_of(first, second));
+  }
+  template <class Place>
+  __device__ void put(const Place& place, u16* at, const gpu::Planes& pair) const {
+    place.put(reinterpret_cast<u32*>(at), pair.high);
+    if constexpr (kPlanes == 2) place.put(reinterpret_cast<u32*>(at + plane), pair.low);
   }
 };
 

@@ -43,10 +43,10 @@ struct Matrices {
   i32 up_window = 0;
 };
 
-// Row `row` of the blob: sixteens of 8 gate and 8 up rows when there is a gate.
+// Row `row` of the blob.
 Source source_of(const Matrices& m, int row) {
   const bool gated = m.gate != nullptr;
-  const int feature = gated ? row / 16 * 8 + row % 8 : row;
+  const int feature = feature_of(gated, row);
   if (feature >= m.up->rows) return {};
   return gated && row % 16 < 8 ? Source{m.gate, feature, m.gate_window} : Source{m.up, feature, m.up_window};
 }

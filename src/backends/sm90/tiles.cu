@@ -22,7 +22,7 @@ struct Source {
 
 __device__ Source source_of(const weights::Piece& piece, int row) {
   const bool gated = piece.gate.values != nullptr;
-  const int feature = gated ? row / 16 * 8 + row % 8 : row;
+  const int feature = feature_of(gated, row);
   if (feature >= piece.rows) return {};
   const weights::Rows& rows = gated && row % 16 < 8 ? piece.gate : piece.up;
   return {rows.values + feature * rows.values_stride, rows.scales + feature * rows.scales_stride, rows.window,

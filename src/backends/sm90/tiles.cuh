@@ -38,7 +38,10 @@ struct Place {
 
   __device__ bool uses(int column) const { return column < slots; }
   __device__ int row(int column) const { return slot + column; }
-  __device__ static void put(u32* at, u32 bits) { *at = bits; }
+  template <class Bits>
+  __device__ static void put(Bits* at, Bits bits) {
+    *at = bits;
+  }
 };
 
 // Sums on their way from the consumers to a warpgroup that has the epilogue alone.
@@ -86,7 +89,8 @@ __device__ int row_blocks(const Operands& operands) {
 //   bool early()                           roles start before this launch's input is there, and wait for it themselves
 //   void prepare(S&)                       all threads, before the roles
 //   void schedule(S&)                      the scheduling warp
-//   void store<kWidth>(tile, row_tile, d)  a warpgroup's sums of one row tile; of shapes that hand over instead
+//   Scales scales(tile)                    what a warpgroup reads before it has sums; of shapes that do not hand over
+//   void store<kWidth>(tile, row_tile, scales, d)  its sums of one row tile; likewise
 //   void begin(S&)                         the consumers, first; of shapes that hand over
 //   void finish(S&)                        the warpgroup that takes them
 //   void report(S&)                        one warp, a reader of the feed, too; of shapes that hand over
@@ -299,13 +303,18 @@ __device__ __forceinline__ void hand_over(Shared<T>& shared, int turn, int steps
   if (thread % 32 == 0) gpu::isa::barrier_arrive(&shared.handed.ring.full[place]);
 }
 
-// A warpgroup: its row tiles' sums to the job.
-template <class T, int kWidth, class Job, int kCount>
-__device__ __forceinline__ void store(const Job& job, const gpu::Tile& tile, f32 (&d)[T::kRows][kCount]) {
+// A warpgroup: its row tiles' sums to the job. Each takes the first one's place: an epilogue is long, and code that
+// runs once a tile is not in the instruction cache.
+template <class T, int kWidth, class Job, class Scales, int kCount>
+__device__ __forceinline__ void store(const Job& job, const gpu::Tile& tile, const Scales& scales,
+                                      f32 (&d)[T::kRows][kCount]) {
+  static_assert(T::kRows <= 2);
   int row_tile = tile.row_block * T::kRowTiles + (T::kSplit ? 0 : gpu::isa::uniform(threadIdx.x / 128) * T::kRows);
-#pragma unroll
+#pragma unroll 1
   for (int r = 0; r < T::kRows; ++r, ++row_tile) {
-    if (row_tile < job.operands(kWidth).row_tiles) job.template store<kWidth>(tile, row_tile, d[r]);
+    if (row_tile < job.operands(kWidth).row_tiles) job.template store<kWidth>(tile, row_tile, scales, d[0]);
+#pragma unroll
+    for (int i = 0; T::kRows > 1 && i < kCount; ++i) d[0][i] = d[T::kRows - 1][i];
   }
 }
 
@@ -316,13 +325,14 @@ __device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, gpu::
   constexpr int kSlots = T::size(kWidth);
 #pragma unroll 1
   for (; reader->peek().width == kWidth; reader->pop()) {
+    const auto scales = job.scales(reader->peek());
     const int steps = job.operands(kWidth).steps;
     f32 d[T::kRows][kSlots / 2];
     multiply<T, kSlots>(shared, cursor, job.operands(kWidth), d);
     if constexpr (T::kSplit) {
       if (!join<T, kSlots>(shared, (*turn)++, steps, d)) continue;
     }
-    store<T, kWidth>(job, reader->peek(), d);
+    store<T, kWidth>(job, reader->peek(), scales, d);
   }
 }
 
@@ -421,10 +431,13 @@ struct Product {
   __device__ void schedule(Block<T, Counts>& shared) const {
     gpu::Schedule<T>(shared.feed, shared.job.expert_begin, weights.experts, row_blocks<T>(weights)).run();
   }
+  using Scales = typename Epilogue::Scales;
+  __device__ Scales scales(const gpu::Tile& tile) const { return epilogue.scales(tile.expert); }
   template <int kWidth>
-  __device__ __forceinline__ void store(const gpu::Tile& tile, int row_tile, f32 (&d)[T::size(kWidth) / 2]) const {
+  __device__ __forceinline__ void store(const gpu::Tile& tile, int row_tile, const Scales& scales,
+                                        f32 (&d)[T::size(kWidth) / 2]) const {
     const Place place{tile.expert, row_tile, tile.slot, tile.slots};
-    epilogue.template store<T::size(kWidth)>(place, epilogue.lines(place), d);
+    epilogue.template store<T::size(kWidth)>(place, epilogue.lines(place, scales), d);
   }
 };
 

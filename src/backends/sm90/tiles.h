@@ -1,11 +1,11 @@
 // Tiles of the Hopper room: how packed weights and tokens lie in memory, and the shapes in which kernels take them.
 //
 // Weights: [row tiles of 64][K steps of 64] tiles of 2304 bytes: 128 threads x 16 bytes of codes, then 32 x 8 bytes of
-// scales (backends/sm90/atom.h). A thread of warp w holds rows 16 w + g and 16 w + g + 8; with a gate, rows come in
-// sixteens of 8 gate and 8 up rows, so that a pair meets in one thread. K is padded to 128 with zeros, rows to 64.
-// Dense weights: tiles of 8192 bytes, for each K step of 16 the 128 threads' 16 bytes of bf16, as wgmma takes them.
-// Tokens: rows [slots, columns] bf16, sorted by expert; a tile of slots and 64 columns is one box of a tensor map. f16
-// tokens are the sum of two planes of such rows.
+// scales (backends/sm90/atom.h). A thread of warp w holds rows 16 w + g and 16 w + g + 8, which are a feature's gate
+// and up, or, without a gate, neighbouring features (feature_of). K is padded to 128 with zeros, rows to 64. Dense
+// weights: tiles of 8192 bytes, for each K step of 16 the 128 threads' 16 bytes of bf16, as wgmma takes them. Tokens:
+// rows [slots, columns] bf16, sorted by expert; a tile of slots and 64 columns is one box of a tensor map. f16 tokens
+// are the sum of two planes of such rows.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,11 @@ constexpr int k_steps(int columns) { return (columns + 127) / 128 * 2; }  // eve
 constexpr int tile_bytes(format::Encoding encoding) { return format::is_fp4(encoding) ? kTileBytes : kDenseTileBytes; }
 constexpr i64 blob_bytes(int rows, int columns, format::Encoding encoding = format::Encoding::nvfp4) {
   return i64{row_tiles(rows)} * k_steps(columns) * tile_bytes(encoding);
+}
+
+// The feature whose weights are row `row` of a blob; with a gate, the gate's where row % 16 < 8, else the up's.
+FOURMOE_HD constexpr int feature_of(bool gated, int row) {
+  return gated ? row / 16 * 8 + row % 8 : row / 16 * 16 + row % 8 * 2 + row % 16 / 8;
 }
 
 // Packs one projection pair (gate and up, both [rows, columns]) or one matrix (gate null) into blob_bytes of the rows

@@ -29,7 +29,10 @@ struct HitPlace {
 
   __device__ bool uses(int column) const { return (hit->columns >> column & 1) != 0; }
   __device__ int row(int column) const { return first >= 0 ? first + column : hit->row[column]; }
-  __device__ static void put(u32* at, u32 bits) { gpu::isa::store_relaxed(at, bits); }
+  template <class Bits>
+  __device__ static void put(Bits* at, Bits bits) {
+    gpu::isa::store_relaxed(at, bits);
+  }
 };
 
 inline constexpr int kMostOf = kFewTokens / kHitTokens;     // hits of an expert
@@ -555,14 +558,15 @@ struct Layer {
       return HitPlace{tile.expert, first + r, &shared.job.list[tile.slot],
                       kWidth == 0 && !kSingle ? tile.slot * kHitTokens : -1};
     };
-    auto lines = epilogue<kWidth>().lines(place(0));  // read while the products are made
+    const auto scales = epilogue<kWidth>().scales(tile.expert);
+    auto lines = epilogue<kWidth>().lines(place(0), scales);  // read while the products are made
     gpu::wait(&shared.handed.ring.full[turn % T::kHanded], turn / T::kHanded & 1);
     for (int r = 0; r < rows; ++r) {
       f32 d[4];
       take_over(shared, turn, r, d);
       if (kWidth == 1 && shared.job.late) d[0] = d[1] = d[2] = d[3] = __uint_as_float(0x7fc00000u);
       epilogue<kWidth>().template store<kHitTokens>(place(r), lines, d);
-      if (r + 1 < rows) lines = epilogue<kWidth>().lines(place(r + 1));
+      if (r + 1 < rows) lines = epilogue<kWidth>().lines(place(r + 1), scales);
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.handed.ring.empty[turn % T::kHanded]);

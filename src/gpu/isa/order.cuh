@@ -20,6 +20,9 @@ __device__ __forceinline__ i32 load_acquire(const i32* counter) {
 __device__ __forceinline__ void store_relaxed(u32* at, u32 value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
+__device__ __forceinline__ void store_relaxed(uint2* at, uint2 value) {  // two
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(value.x), "r"(value.y) : "memory");
+}
 __device__ __forceinline__ uint2 load_relaxed(const uint2* at) {
   uint2 v;
   asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
