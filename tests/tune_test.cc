@@ -265,7 +265,7 @@ TEST(Shipped, TeachesTheRuleOfOneLaunch) {
   Problem gpt_oss = cases::problem(2880, 2880, 32, 4);
   gpt_oss.encoding = format::Encoding::mxfp4;
   gpt_oss.activation.kind = ActivationKind::swiglu_clamped;
-  int taught = 0;
+  int seen = 0;
   for (const Problem& p :
        {cases::problem(2048, 512, 256, 8), cases::problem(2048, 512, 512, 10), cases::problem(2048, 768, 128, 8),
         nemotron, gpt_oss, cases::problem(4096, 1536, 128, 8), cases::problem(4096, 2048, 256, 6)}) {
@@ -273,13 +273,13 @@ TEST(Shipped, TeachesTheRuleOfOneLaunch) {
     if (section == shipped().end()) GTEST_SKIP() << "measured with other steps";
     for (const auto& [tokens, measured] : section->second.buckets) {
       const std::string& step = measured.choice.front();
+      seen += step.starts_with("sm90.whole");
       if (!step.starts_with("sm90.whole ") || measured.default_seconds < 1.05 * measured.seconds) continue;
       const auto variants = sm90::whole_variants(sm90::load_of(p, tokens), 132);
       EXPECT_EQ("sm90.whole " + variants.front().name, step) << key_of(p, h200).layer << " " << tokens;
-      ++taught;
     }
   }
-  EXPECT_GE(taught, 1);
+  EXPECT_GE(seen, 60);  // of 84 that are of up to 64 tokens
 }
 
 TEST(Floor, CountsTheExpertsThatAreHit) {
