@@ -68,9 +68,9 @@ class Layer {
   // Waits for the stream's work and reports what it found wrong. At once ok on the host.
   Status wait(void* stream = nullptr);
 
-  // The routed experts' calls of the bucket of so many tokens, of bf16 and f32 or of f16, follow the choice from now on; empty:
-  // the rule. Refuses one that cannot be followed. No call may be under way; workspace_bytes() may grow, and graphs
-  // that captured the layer's own workspace are to be captured anew.
+  // The routed experts' calls of the bucket of so many tokens, of bf16 and f32 or of f16, follow the choice from now
+  // on; empty: the rule. Refuses one that cannot be followed. No call may be under way; workspace_bytes() may grow, and
+  // graphs that captured the layer's own workspace are to be captured anew.
   Status choose(i64 tokens, const plan::Choice& choice, format::Dtype hidden = format::Dtype::bf16);
 
   // Other weights of the same shapes for the same plans, as the constructor takes them; on a GPU the packed weights
