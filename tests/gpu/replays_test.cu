@@ -28,13 +28,19 @@ i64 replays() {
   return given == nullptr ? 8000 : std::max<i64>(std::atoll(given), kRoutings);
 }
 
-// Counts words in which `output` and `expected` differ: different[0] numbers, different[1] what is none.
-__global__ void compare(const u32* output, const u32* expected, i64 words, u32* different) {
+// What is left of an output where a call stores nothing: not a number, and none that a kernel makes.
+constexpr u32 kLeft = 0x7fc0dead;
+
+// Counts words in which `output` and `expected` differ: different[0] numbers, [1] what is none, [2] what was not
+// stored. The next call finds nothing that could be taken for its result.
+__global__ void compare(u32* output, const u32* expected, i64 words, u32* different) {
   for (i64 i = blockIdx.x * blockDim.x + threadIdx.x; i < words; i += gridDim.x * blockDim.x) {
-    if (output[i] != expected[i]) atomicAdd(&different[isnan(__uint_as_float(output[i])) ? 1 : 0], 1u);
+    const u32 word = output[i];
+    if (word != expected[i]) atomicAdd(&different[word == kLeft ? 2 : isnan(__uint_as_float(word)) ? 1 : 0], 1u);
+    output[i] = kLeft;
   }
 }
-const std::vector<u32> kNoneDiffer = {0, 0};
+const std::vector<u32> kNoneDiffer = {0, 0, 0};
 
 // Holds its multiprocessors: a block that leaves no room beside it.
 __global__ void hold(i64 cycles) {
@@ -68,7 +74,7 @@ class Replays : public ::testing::TestWithParam<i32> {
       require(cudaMemcpy(routed.expected.data(), output(routed), bytes(spec), cudaMemcpyDeviceToDevice), "keep");
     }
   }
-  static const u32* output(const Routed& r) { return reinterpret_cast<const u32*>(r.mirror->call().output.data); }
+  static u32* output(const Routed& r) { return reinterpret_cast<u32*>(r.mirror->call().output.data); }
   static i64 bytes(const cases::Spec& spec) { return i64{spec.tokens} * spec.problem.hidden * 4; }
 
   std::vector<Routed> calls_;
@@ -167,7 +173,7 @@ TEST_P(AbortedReplays, LeaveTheOthersRight) {
           call.launch(stream.get());
           if (i == kLaunches) count_numbers<<<1, 256, 0, cuda>>>(call.output().data(), values, numbers.data());
           else
-            compare<<<4, 256, 0, cuda>>>(reinterpret_cast<const u32*>(call.output().data()),
+            compare<<<4, 256, 0, cuda>>>(reinterpret_cast<u32*>(call.output().data()),
                                          reinterpret_cast<const u32*>(expected[i % kRoutings].data()), values,
                                          different.data());
         }
