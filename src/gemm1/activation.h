@@ -17,9 +17,6 @@ namespace fourmoe::gemm1 {
 struct Exponential {
   template <class T>
   FOURMOE_HD T operator()(T x) const {
-#if defined(__CUDA_ARCH__)
-    if constexpr (sizeof(T) == sizeof(f32)) return __expf(x);
-#endif
     return std::exp(x);
   }
 };

@@ -40,7 +40,7 @@ struct Activate {
 
   template <class Place>
   __device__ Lines lines(const Place& place, const Scales& scales) const {
-    const int feature = feature_of(place);
+    const int feature = first_of(place);
     if (feature >= inter) return {};
     const i64 index = i64{place.expert} * inter + feature + threadIdx.x % 32 / 4 * (activation.gated() ? 1 : 2);
     const f32* first = activation.gated() ? gate_bias : up_bias;
@@ -51,7 +51,7 @@ struct Activate {
   // Sums become features where they stand: each way of writing them is code once, not once for every activation.
   template <int kSlots, class Place>
   __device__ void store(const Place& place, const Lines& lines, f32 (&d)[kSlots / 2]) const {
-    const int feature = feature_of(place);
+    const int feature = first_of(place);
     if (feature >= inter) return;
     if (activation.gated()) {
       gate<kSlots>(lines, d);
@@ -67,7 +67,7 @@ struct Activate {
   static __device__ f32 bias_of(const f32* bias, i64 index) { return bias == nullptr ? 0.0f : bias[index]; }
 
   template <class Place>
-  __device__ int feature_of(const Place& place) const {
+  __device__ int first_of(const Place& place) const {
     const int features = activation.gated() ? 8 : 16;  // of a warp's sixteen rows
     return (place.row_tile * 4 + gpu::isa::uniform(threadIdx.x % 128 / 32)) * features;
   }
