@@ -121,7 +121,7 @@ int choose(const Load& load, i32 multiprocessors) {
 // must not take three ahead, and rows of hits with several tokens each come slowly to tiles of 256 rows. Fitted
 // likewise.
 int choose_whole(const LayerLoad& load, i32 multiprocessors) {
-  if (!(load.form == Form{})) return choose(load.form, kWholeTile);
+  if (!(load.form == Form{})) return choose(load.form, kWholeTile, kAllTileShapes);
   const f64 hits = expected_hits(load.experts, load.slots), share = hits / multiprocessors;
   const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
   const f64 tiles = share * (load.row_tiles[0] + load.row_tiles[1]);
@@ -129,9 +129,9 @@ int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   return tiles < 40 && mean < 2.2 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
-int choose(const Form& form, int first) {
+int choose(const Form& form, int first, int end) {
   if (form == Form{}) return -1;
-  for (int tile = first; tile < kAllTileShapes; ++tile) {
+  for (int tile = first; tile < end; ++tile) {
     if (kTileShapes[tile].form == form) return tile;
   }
   return -1;

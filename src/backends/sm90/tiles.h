@@ -1,11 +1,13 @@
 // Tiles of the Hopper room: how packed weights and tokens lie in memory, and the shapes in which kernels take them.
 //
 // Weights: [row tiles of 64][K steps of 64] tiles of 2304 bytes: 128 threads x 16 bytes of codes, then 32 x 8 bytes of
-// scales (backends/sm90/atom.h). A thread of warp w holds rows 16 w + g and 16 w + g + 8, which are a feature's gate
-// and up, or, without a gate, neighbouring features (feature_of). K is padded to 128 with zeros, rows to 64. Dense
-// weights: tiles of 8192 bytes, for each K step of 16 the 128 threads' 16 bytes of bf16, as wgmma takes them. Tokens:
-// rows [slots, columns] bf16, sorted by expert; a tile of slots and 64 columns is one box of a tensor map. f16 tokens
-// are the sum of two planes of such rows.
+// scales (backends/sm90/atom.h). A thread of warp w holds rows 16 w + g and 16 w + g + 8: a feature's gate and up, or,
+// without a gate, neighbouring features (feature_of). K is padded to 128 with zeros, rows to 64.
+//
+// Dense weights: tiles of 8192 bytes, for each K step of 16 the 128 threads' 16 bytes of bf16, as wgmma takes them.
+//
+// Tokens: rows [slots, columns] bf16, sorted by expert; a tile of slots and 64 columns is one box of a tensor map. f16
+// tokens are the sum of two planes of such rows.
 #pragma once
 
 #include <algorithm>
@@ -125,8 +127,8 @@ int choose(const Load& load, i32 multiprocessors);
 // The shape for a layer in one launch.
 int choose_whole(const LayerLoad& load, i32 multiprocessors);
 
-// The shape of one GEMM, or of a layer, for a form that has one; -1 for the usual form.
-int choose(const Form& form, int first = 0);
+// The first of shapes [first, end) for a form that is not the usual one, by default of those for one GEMM; -1 for none.
+int choose(const Form& form, int first = 0, int end = kTileShapeCount);
 
 // groups x rows x stages, "s" where K is split, and the sizes: "4x1x8:24,16,8". Then what differs from the usual feed
 // and form: "+f2", "+dense", "+p2".
