@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <ostream>
 #include <vector>
 
 #include "case.h"
@@ -31,16 +32,37 @@ i64 replays() {
 // What is left of an output where a call stores nothing: not a number, and none that a kernel makes.
 constexpr u32 kLeft = 0x7fc0dead;
 
-// Counts words in which `output` and `expected` differ: different[0] numbers, [1] what is none, [2] what was not
-// stored. The next call finds nothing that could be taken for its result.
-__global__ void compare(u32* output, const u32* expected, i64 words, u32* different) {
+// What was found wrong: how many words of `numbers`, of what is `none`, of what was `left` where nothing was stored,
+// and the first of all.
+struct Wrong {
+  u32 numbers, none, left;
+  u32 call, word, bits, expected;
+
+  bool operator==(const Wrong&) const = default;
+  friend std::ostream& operator<<(std::ostream& out, const Wrong& w) {
+    return out << w.numbers << " numbers, " << w.none << " that are none, " << w.left << " not stored; first: call "
+               << w.call << ", word " << w.word << std::hex << ", 0x" << w.bits << " for 0x" << w.expected << std::dec;
+  }
+};
+
+// Compares, and leaves nothing that the next call's result could be taken for. The call's number is *turn * calls +
+// call.
+__global__ void compare(u32* output, const u32* expected, i64 words, Wrong* wrong, const u32* turn, u32 calls,
+                        u32 call) {
   for (i64 i = blockIdx.x * blockDim.x + threadIdx.x; i < words; i += gridDim.x * blockDim.x) {
     const u32 word = output[i];
-    if (word != expected[i]) atomicAdd(&different[word == kLeft ? 2 : isnan(__uint_as_float(word)) ? 1 : 0], 1u);
+    if (word != expected[i]) {
+      const bool none = isnan(__uint_as_float(word));
+      atomicAdd(word == kLeft ? &wrong->left : none ? &wrong->none : &wrong->numbers, 1u);
+      if (atomicCAS(&wrong->bits, 0u, word == 0 ? 1u : word) == 0) {
+        wrong->call = *turn * calls + call, wrong->word = static_cast<u32>(i), wrong->expected = expected[i];
+      }
+    }
     output[i] = kLeft;
   }
 }
-const std::vector<u32> kNoneDiffer = {0, 0, 0};
+
+__global__ void next(u32* turn) { ++*turn; }
 
 // Holds its multiprocessors: a block that leaves no room beside it.
 __global__ void hold(i64 cycles) {
@@ -96,17 +118,21 @@ TEST_P(Replays, NeitherHangNorDiffer) {
   throw_unless_ok(gpu::Buffer::make(gpu::Kind::device, layer.workspace_bytes(), "workspace", &workspace_));
   make_calls(&layer, spec, stream.get());
 
-  DeviceVector<u32> different(kNoneDiffer);
+  DeviceVector<Wrong> wrong(std::vector<Wrong>(1));
+  DeviceVector<u32> turn(std::vector<u32>{0});
   gpu::Graph graph;
   throw_unless_ok(gpu::Graph::capture(
       stream.get(),
       [&] {
-        for (const Routed& r : calls_) {
+        const auto cuda = static_cast<cudaStream_t>(stream.get());
+        for (int i = 0; i < kRoutings; ++i) {
+          const Routed& r = calls_[i];
           if (Status status = layer.run(r.mirror->call(), {workspace_.data(), workspace_.bytes()}); !status.ok())
             return status;
-          compare<<<4, 256, 0, static_cast<cudaStream_t>(stream.get())>>>(output(r), r.expected.data(), bytes(spec) / 4,
-                                                                          different.data());
+          compare<<<4, 256, 0, cuda>>>(output(r), r.expected.data(), bytes(spec) / 4, wrong.data(), turn.data(),
+                                       kRoutings, i);
         }
+        next<<<1, 1, 0, cuda>>>(turn.data());
         return Status{};
       },
       &graph));
@@ -119,18 +145,17 @@ TEST_P(Replays, NeitherHangNorDiffer) {
   }
   throw_unless_ok(layer.wait(stream.get()));
   require(cudaDeviceSynchronize(), "replays");
-  EXPECT_EQ(different.download(), kNoneDiffer);
+  EXPECT_EQ(wrong.download()[0], Wrong{});
 }
 
 INSTANTIATE_TEST_SUITE_P(Tokens, Replays, ::testing::Values(1, 2, 8, 32));
 
 // Spoils the counters of the next launch's set: in turn all tiles are taken, or rows of gemm1 never come. The word of
 // arrivals says which set that is.
-__global__ void spoil(i32* words, gpu::QueueShape shape, u32* turn) {
+__global__ void spoil(i32* words, gpu::QueueShape shape, const u32* turn) {
   i32* set = words + gpu::QueueShape::kLine + (words[0] >= 1 << 30 ? shape.set_words() : 0);
   if (*turn % 2 == 0) set[0] = 1 << 20;
   for (i32 hit = 0; *turn % 2 != 0 && hit < 32; ++hit) set[gpu::QueueShape::kHits + hit] = -1000;
-  ++*turn;
 }
 
 // Counts values that are numbers.
@@ -155,28 +180,36 @@ TEST_P(AbortedReplays, LeaveTheOthersRight) {
     spec.seed = 100 + i;
     spec.routes = static_cast<cases::Routes>(i % 3);  // no holes: a token without picks is zero, whatever is given up
     call.route(spec);
+    call.share_work(calls[0]);
     expected.emplace_back(call.run());
   }
   const i64 values = calls[0].output().size();
-  DeviceVector<u32> different(kNoneDiffer), numbers(std::vector<u32>{0}), turn(std::vector<u32>{0});
+  DeviceVector<Wrong> wrong(std::vector<Wrong>(1));
+  DeviceVector<u32> numbers(std::vector<u32>{0}), turn(std::vector<u32>{0});
   gpu::OwnStream stream, other;
   throw_unless_ok(gpu::OwnStream::make(&stream));
   throw_unless_ok(gpu::OwnStream::make(&other));
   const auto cuda = static_cast<cudaStream_t>(stream.get());
+  const auto check = [&](int launch) {
+    const int i = launch % kRoutings;
+    compare<<<4, 256, 0, cuda>>>(reinterpret_cast<u32*>(calls[i].output().data()),
+                                 reinterpret_cast<const u32*>(expected[i].data()), values, wrong.data(), turn.data(),
+                                 kLaunches + 1, launch);
+  };
   gpu::Graph graph;
   throw_unless_ok(gpu::Graph::capture(
       stream.get(),
       [&] {
-        for (int i = 0; i <= kLaunches; ++i) {
-          const testing::WholeCall& call = calls[i % kRoutings];
-          if (i == kLaunches) spoil<<<1, 1, 0, cuda>>>(call.queue().data(), call.shape(), turn.data());
-          call.launch(stream.get());
-          if (i == kLaunches) count_numbers<<<1, 256, 0, cuda>>>(call.output().data(), values, numbers.data());
-          else
-            compare<<<4, 256, 0, cuda>>>(reinterpret_cast<u32*>(call.output().data()),
-                                         reinterpret_cast<const u32*>(expected[i % kRoutings].data()), values,
-                                         different.data());
+        for (int first = 0; first < kLaunches; first += kRoutings) {  // one launch behind another, then their results
+          const int end = std::min(first + kRoutings, kLaunches);
+          for (int i = first; i < end; ++i) calls[i - first].launch(stream.get());
+          for (int i = first; i < end; ++i) check(i);
         }
+        const testing::WholeCall& spoilt = calls[kLaunches % kRoutings];
+        spoil<<<1, 1, 0, cuda>>>(spoilt.queue().data(), testing::WholeCall::shape(), turn.data());
+        spoilt.launch(stream.get());
+        count_numbers<<<1, 256, 0, cuda>>>(spoilt.output().data(), values, numbers.data());
+        next<<<1, 1, 0, cuda>>>(turn.data());
         return Status{};
       },
       &graph));
@@ -188,7 +221,7 @@ TEST_P(AbortedReplays, LeaveTheOthersRight) {
     require(cudaStreamSynchronize(static_cast<cudaStream_t>(other.get())), "hold");
   }
   require(cudaDeviceSynchronize(), "replays");
-  EXPECT_EQ(different.download(), kNoneDiffer);
+  EXPECT_EQ(wrong.download()[0], Wrong{});
   EXPECT_EQ(numbers.download()[0], 0u);
   for (int i = 0; i < kRoutings; ++i) {  // a wait of a launch that is not spoilt must not be given up
     EXPECT_EQ(calls[i].fault().reason, i == kLaunches % kRoutings ? Reason::device_failed : Reason::ok) << i;
