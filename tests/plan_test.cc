@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "backends/list.h"
+#include "backends/sm90/whole.h"
 #include "case.h"
 
 namespace fourmoe::plan {
@@ -149,6 +150,24 @@ TEST(DevicePlan, FewTokensTakeOneStep) {
   ASSERT_TRUE(make(p, with_h200(0), {}, &plan).ok());
   EXPECT_EQ(steps(plan), "device.route sm90.gemm1 sm90.gemm2 device.combine");
   EXPECT_NE(find(plan, "sm90", "whole").verdict.detail.find("up to 46 would pass"), std::string::npos);
+}
+
+TEST(DevicePlan, FewTokensTakeOneStepWherePicksWantRowsOfTheirOwn) {
+  for (const bool weighted : {false, true}) {
+    Problem p = usual();
+    p.experts = p.local_experts = 64;
+    p.max_tokens = 8;
+    if (weighted) p.routing.weight_on_input = true, p.top_k = 1;
+    else p.precision = Precision::w4a4;
+    Plan own, usual_plan;
+    ASSERT_TRUE(make(p, with_h200(0), {}, &own).ok());
+    EXPECT_EQ(steps(own), "sm90.whole");
+    p.precision = Precision::w4a16;
+    p.routing.weight_on_input = false;
+    ASSERT_TRUE(make(p, with_h200(0), {}, &usual_plan).ok());
+    const i64 rows = i64{sm90::most_hits(p) * sm90::kHitTokens - p.max_tokens} * p.hidden * 2;
+    EXPECT_NEAR(own.workspace_bytes - usual_plan.workspace_bytes, rows, 1024);
+  }
 }
 
 // Where an expert would be multiplied again and again: the rule takes the split steps, a choice what it names.

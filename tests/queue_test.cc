@@ -1,7 +1,7 @@
 // gpu/queue.h in threads: a block is a thread, the machine holds a few at once, launches follow one another and share
-// the queue's memory. What gemm1 stores for several tokens, and what is written where numbers are to come, is ordinary
-// memory, so thread sanitizer sees whether the queue orders it; numbers themselves are atomic and order nothing. Every
-// interleaving of small launches is models/queue.pml's.
+// the queue's memory. What gemm1 stores for several tokens, rows of picks, and what is written where numbers are to
+// come are ordinary memory, so thread sanitizer sees whether the queue orders it; numbers themselves are atomic and
+// order nothing. Every interleaving of small launches is models/queue.pml's.
 #include "gpu/queue.h"
 
 #include <gtest/gtest.h>
@@ -77,6 +77,7 @@ struct Launch {
   bool held = false;                            // tile 0 is done only when gemm2 of its hit is
   bool single = false;                          // y is numbers that are polled, too
   bool sums_first = false;                      // before tiles: of what stands there, or not at all
+  bool own = false;                             // picks have rows of their own, a piece each hit
 };
 
 class Layer {
@@ -84,6 +85,7 @@ class Layer {
   explicit Layer(const Size& size, Broken broken = Broken::nothing)
       : s_(size),
         words_(shape().words() + 1),
+        x_(size.hits),
         y_(size.hits * size.rows),
         z_(size.hits * size.columns),
         output_(size.columns),
@@ -125,11 +127,12 @@ class Layer {
   gpu::QueueShape shape() const { return {s_.blocks, s_.hits}; }
   i32 tiles1() const { return (s_.rows + s_.tall - 1) / s_.tall; }  // of a hit
   i32 tiles2() const { return (s_.columns + s_.tall - 1) / s_.tall; }
-  f64 value(i32 hit, i32 row) const { return static_cast<f64>(number_ * 1000 + hit * 100 + row + 1); }
+  f64 token(i32 hit) const { return static_cast<f64>(number_ * 1000 + hit * 100); }
+  f64 value(i32 hit, i32 row) const { return token(hit) + row + 1; }
 
   void prepare(const Launch& launch, std::size_t number) {
     now_ = launch, number_ = number;
-    for (auto* memory : {&y_, &z_, &output_}) std::fill(memory->begin(), memory->end(), 1e30);
+    for (auto* memory : {&x_, &y_, &z_, &output_}) std::fill(memory->begin(), memory->end(), 1e30);
     for (auto* counts : {&added_, &done_}) std::fill(counts->begin(), counts->end(), 0);
     marked_ = false, passed_ = stored_ = 0;
   }
@@ -152,6 +155,11 @@ class Layer {
     dawdle(random);
     queue_.clear_other(set, b, s_.blocks);
     for (i32 part = queue_.take_part(set); part < kParts; part = queue_.take_part(set)) empty(set, part);
+    for (i32 hit = now_.own ? queue_.take_piece(set) : now_.hits; hit < now_.hits; hit = queue_.take_piece(set)) {
+      dawdle(random);
+      x_[hit] = token(hit);
+      queue_.report_piece(set);
+    }
     bool late = false;
     await([&] { return queue_.parts(set) == kParts; }, &late);
     const auto add_all = [&] {
@@ -162,7 +170,7 @@ class Layer {
     for (; tile < all; tile = queue_.take(set)) {
       dawdle(random);
       ++done_[tile];
-      if (tile < first) multiply_first(set, tile);
+      if (tile < first) multiply_first(set, tile, &late);
       else multiply_second(set, tile - first, &late);
     }
     add_all();
@@ -192,13 +200,15 @@ class Layer {
     }
   }
 
-  void multiply_first(int set, i32 tile) {
+  void multiply_first(int set, i32 tile, bool* late) {
     const i32 hit = tile / tiles1(), begin = tile % tiles1() * s_.tall, end = std::min(begin + s_.tall, s_.rows);
     while (now_.held && tile == 0 && passed_.load() < tiles2()) std::this_thread::yield();
+    if (now_.own) await([&] { return queue_.pieces(set) == now_.hits; }, late);
+    const f64 first = !now_.own ? token(hit) : *late ? std::nan("") : x_[hit];
     for (i32 row = begin; row < end; ++row) {
       f64* at = &y_[hit * s_.rows + row];
-      if (now_.single) put(at, value(hit, row));
-      else *at = value(hit, row);
+      if (now_.single) put(at, first + row + 1);
+      else *at = first + row + 1;
     }
     if (!now_.single) queue_.report_rows(set, hit, end - begin);
   }
@@ -251,8 +261,9 @@ class Layer {
   std::vector<i32> words_;
   Launch now_;
   std::size_t number_ = 0;
-  std::vector<f64> y_, z_, output_;  // [hits, rows], [hits, columns], [columns]; at first what a launch left
-  std::vector<i32> added_, done_;    // times; [columns], [tiles]
+  std::vector<f64> x_, y_, z_,
+      output_;                     // [hits], [hits, rows], [hits, columns], [columns]; at first what a launch left
+  std::vector<i32> added_, done_;  // times; [columns], [tiles]
   Protocol queue_;
   std::atomic<i32> free_{s_.places};  // places
   std::atomic<bool> marked_{false};
@@ -268,6 +279,7 @@ std::vector<Launch> random_launches(i32 count, i32 most_hits) {
   for (Launch& launch : launches) {
     launch.hits = static_cast<i32>(random() % (most_hits + 1));
     launch.single = random() % 2 == 0;
+    launch.own = random() % 2 == 0;
   }
   return launches;
 }
@@ -282,7 +294,8 @@ TEST(Queue, ManyLaunchesShareItsMemory) {
 TEST(Queue, LaunchesAreRightAfterAWaitWasGivenUp) {
   for (const Size& size : {Size{2, 2, 2, 2, 2}, Size{4, 3, 3, 3, 5, 2}}) {
     std::vector<Launch> launches = random_launches(300, size.hits);
-    for (std::size_t n = 0; n < launches.size(); n += 5 + n % 2) launches[n] = {size.hits, 20, true, n % 4 < 2};
+    for (std::size_t n = 0; n < launches.size(); n += 5 + n % 2)
+      launches[n] = {size.hits, 20, true, n % 4 < 2, false, n % 3 == 0};
     EXPECT_EQ(Layer(size).run(launches), "") << size.blocks << " blocks";
   }
 }
@@ -321,9 +334,10 @@ TEST(Queue, SetsShareNoWord) {
       Touched::words.clear();
       queue.take(set), queue.take_part(set), queue.take_sum(set);
       queue.report_part(set), queue.parts(set);
+      queue.take_piece(set), queue.report_piece(set), queue.pieces(set);
       for (i32 h = 0; h < hits; ++h) queue.report_rows(set, h, 1), queue.rows(set, h);
       const std::set<i32*> used = std::exchange(Touched::words, {});
-      EXPECT_EQ(used.size(), std::size_t{4} + hits);
+      EXPECT_EQ(used.size(), std::size_t{6} + hits);
       EXPECT_GE(*used.begin(), memory.data() + gpu::QueueShape::kLine);  // arrivals have a line of their own
       EXPECT_LT(*used.rbegin(), memory.data() + shape.words());
       for (i32 b = 0; b < shape.blocks; ++b) queue.clear_other(1 - set, b, shape.blocks);

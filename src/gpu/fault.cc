@@ -10,6 +10,7 @@ namespace {
 
 std::string awaited(u64 key) {
   switch (fault_awaited(key)) {
+    case Awaited::rows: return "the tokens' rows";
     case Awaited::empty: return "memory to be emptied";
     case Awaited::tokens: return fmt::format("gemm1 of local expert {}", fault_of(key));
     case Awaited::sums: return fmt::format("gemm2 of token {}", fault_of(key));

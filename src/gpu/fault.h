@@ -13,7 +13,7 @@ namespace fourmoe::gpu {
 enum class FaultKind : u8 { none, logits, id, scale, wait };
 
 // What a wait that was given up was for.
-enum class Awaited : u8 { empty, tokens, sums };
+enum class Awaited : u8 { rows, empty, tokens, sums };
 
 // In device memory, or in host memory mapped into the device; caller's. Starts as Fault{}; kernels only ever lower
 // `first`, so a fault stays through any number of replays until the host writes Fault{} again.

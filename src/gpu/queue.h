@@ -2,11 +2,12 @@
 //
 // Tiles are taken one at a time, so a block that comes late, or when others have ended, holds none that somebody waits
 // for; so are the parts of the memory of numbers (gpu/numbers.cuh) that are emptied first, and the sums of the output
-// that are made last. What a block has taken early waits for blocks that run already, and for nobody who waits for it.
-// Nobody clears the counters before a launch: they are zero when they are made, launches that follow one another share
-// them, and there are two sets. A launch uses one and clears the other, which the launch before it used. The word of
-// arrivals says which: it counts the blocks that came, and the last of them, when all have read it, turns it over for
-// the next launch. A launch that gave up a wait (whole.cuh) has still counted everything, so nothing is left behind.
+// that are made last, and pieces of tokens that gemm1 does not take as they come. What a block has taken early waits
+// for blocks that run already, and for nobody who waits for it. Nobody clears the counters before a launch: they are
+// zero when they are made, launches that follow one another share them, and there are two sets. A launch uses one and
+// clears the other, which the launch before it used. The word of arrivals says which: it counts the blocks that came,
+// and the last of them, when all have read it, turns it over for the next launch. A launch that gave up a wait
+// (whole.cuh) has still counted everything, so nothing is left behind.
 //
 // Compiled for the host too: tests/queue_test.cc runs it in threads, tests/models/queue.pml is a model of it.
 #pragma once
@@ -22,7 +23,7 @@ struct QueueShape {
   i32 hits;    // at most
 
   static constexpr i32 kLine = 32;         // words of a cache line
-  static constexpr i32 kHits = 4 * kLine;  // lines of their own for what all blocks change, then words of hits
+  static constexpr i32 kHits = 6 * kLine;  // lines of their own for what all blocks change, then words of hits
 
   FOURMOE_HD i32 set_words() const { return kHits + (hits + kLine - 1) / kLine * kLine; }
   FOURMOE_HD i32 words() const { return kLine + 2 * set_words(); }
@@ -56,6 +57,11 @@ struct Queue {
   // A part is empty; and how many are.
   FOURMOE_HD void report_part(int set) const { Atomic::add_release(&base(set)[3 * QueueShape::kLine], 1); }
   FOURMOE_HD i32 parts(int set) const { return Atomic::load_acquire(&base(set)[3 * QueueShape::kLine]); }
+
+  // The same of pieces of the tokens' rows, where picks have rows of their own.
+  FOURMOE_HD i32 take_piece(int set) const { return Atomic::add(&base(set)[4 * QueueShape::kLine], 1); }
+  FOURMOE_HD void report_piece(int set) const { Atomic::add_release(&base(set)[5 * QueueShape::kLine], 1); }
+  FOURMOE_HD i32 pieces(int set) const { return Atomic::load_acquire(&base(set)[5 * QueueShape::kLine]); }
 
   // `rows` row tiles of a hit's gemm1 are stored; and how many are.
   FOURMOE_HD void report_rows(int set, i32 hit, i32 rows) const {

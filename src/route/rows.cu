@@ -2,12 +2,10 @@
 //
 // A thread has an octet of a token's columns, reads it once and writes it to each of the token's slots; two threads
 // side by side have a block of 16, whose scale they share.
-#include "gpu/fault.h"
 #include "gpu/launch.cuh"
 #include "gpu/rows.h"
-#include "gpu/values.cuh"
 #include "route/device.h"
-#include "route/quantise.cuh"
+#include "route/octets.cuh"
 
 namespace fourmoe::route {
 namespace {
@@ -27,18 +25,6 @@ __device__ __forceinline__ Place place(i32 columns) {
 }
 
 i64 blocks(i64 rows, i32 columns) { return rows * ((columns / 8 + kThreads - 1) / kThreads); }
-
-// x rounded to bf16, times the weight, rounded again.
-__device__ __forceinline__ uint4 weighted(const uint4& x, f32 weight) {
-  const u32 words[4] = {x.x, x.y, x.z, x.w};
-  f32 product[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    product[2 * i] = gpu::low_bf16(words[i]) * weight;
-    product[2 * i + 1] = gpu::high_bf16(words[i]) * weight;
-  }
-  return gpu::octet_bf16(product);
-}
 
 __device__ __forceinline__ uint4 rounded_octet(const format::Tensor& hidden, const Place& at) {
   if (hidden.dtype == format::Dtype::bf16) return reinterpret_cast<const uint4*>(hidden.row(at.row))[at.octet];
@@ -72,18 +58,9 @@ __global__ void __launch_bounds__(kThreads) gather_tokens(const DeviceTokens a) 
   scatter(a, at, rounded_octet(a.hidden, at));
 }
 
-// Whether a token has a scale that is NaN or negative. All blocks of the token look at all its scales, so that all of
-// them leave it; what they write is the same.
+// All blocks of a token look at all its scales, so that all of them leave it; what they write is the same.
 __device__ __forceinline__ bool refuse_scales(const DeviceTokens& a, i64 token) {
-  const i32 blocks = a.problem.hidden / format::kNvfp4Block;
-  const u8* scales = a.hidden_scales.row(token);
-  i32 bad = threadIdx.x;
-  while (bad < blocks && scales[bad] <= format::kLargestScale) bad += kThreads;
-  if (__syncthreads_or(bad < blocks) == 0) return false;
-  if (bad < blocks) {
-    const u64 key = gpu::fault_key(gpu::FaultKind::scale, static_cast<i32>(token), bad, scales[bad]);
-    atomicMin(reinterpret_cast<unsigned long long*>(&a.fault->first), key);
-  }
+  if (!has_bad_scale(a.hidden_scales, token, a.fault)) return false;
   if (threadIdx.x < a.problem.top_k) a.slots.pick_slot[token * a.problem.top_k + threadIdx.x] = kRefused;
   return true;
 }
@@ -96,16 +73,7 @@ __global__ void __launch_bounds__(kThreads) decode_tokens(const DeviceTokens a) 
   scatter(a, at, decode_octet(codes, a.hidden_scales.row(at.row)[at.octet / 2]));
 }
 
-// An octet as two planes of bf16, rounded to f16 before.
-__device__ __forceinline__ void split(const f32 (&x)[8], uint4* high, uint4* low) {
-  gpu::Planes pair[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pair[i] = gpu::planes_of_f16(x[2 * i], x[2 * i + 1]);
-  *high = {pair[0].high, pair[1].high, pair[2].high, pair[3].high};
-  *low = {pair[0].low, pair[1].low, pair[2].low, pair[3].low};
-}
-
-// The same for f16 layers; the second plane begins after the slots of problem.max_tokens.
+// Octets of two planes, for f16 layers; the second plane begins after the slots of problem.max_tokens.
 __global__ void __launch_bounds__(kThreads) gather_planes(const DeviceTokens a) {
   gpu::begin();
   const Problem& problem = a.problem;
@@ -114,8 +82,7 @@ __global__ void __launch_bounds__(kThreads) gather_planes(const DeviceTokens a) 
   if (at.octet >= octets) return;
   f32 x[8];
   gpu::load_octet(a.hidden.row(at.row), a.hidden.dtype, at.octet, x);
-#pragma unroll
-  for (f32& value : x) value = format::from_f16(format::to_f16_saturated(value));
+  round_f16(x);
   uint4* rows = reinterpret_cast<uint4*>(a.rows) + at.octet;
   const i64 plane = i64{problem.max_tokens} * problem.top_k * octets;
   for (i64 pick = at.row * problem.top_k; pick < (at.row + 1) * problem.top_k; ++pick) {

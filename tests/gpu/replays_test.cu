@@ -80,7 +80,12 @@ struct Routed {
   DeviceVector<u32> expected{kWords};
 };
 
-class Replays : public ::testing::TestWithParam<i32> {
+struct Replayed {
+  i32 tokens;
+  Precision precision = Precision::w4a16;  // w4a4: picks have rows of their own
+};
+
+class Replays : public ::testing::TestWithParam<Replayed> {
  protected:
   // One call of every routing, of which the results are kept.
   void make_calls(Layer* layer, cases::Spec spec, void* stream) {
@@ -107,8 +112,10 @@ TEST_P(Replays, NeitherHangNorDiffer) {
   FOURMOE_NEEDS_HOPPER();
   cases::Spec spec;
   spec.problem = cases::problem(512, 128, 64, 8);
-  spec.tokens = GetParam();
+  spec.problem.precision = GetParam().precision;
+  spec.tokens = GetParam().tokens;
   LayerOptions options;
+  options.precision = GetParam().precision;
   options.device = 0;
   options.max_tokens = 32;
   Layer layer(cases::random_layer(spec.problem, 1, true), options);
@@ -148,14 +155,19 @@ TEST_P(Replays, NeitherHangNorDiffer) {
   EXPECT_EQ(wrong.download()[0], Wrong{});
 }
 
-INSTANTIATE_TEST_SUITE_P(Tokens, Replays, ::testing::Values(1, 2, 8, 32));
+INSTANTIATE_TEST_SUITE_P(Tokens, Replays,
+                         ::testing::Values(Replayed{1}, Replayed{2}, Replayed{8}, Replayed{32},
+                                           Replayed{1, Precision::w4a4}, Replayed{8, Precision::w4a4}));
 
-// Spoils the counters of the next launch's set: in turn all tiles are taken, or rows of gemm1 never come. The word of
-// arrivals says which set that is.
-__global__ void spoil(i32* words, gpu::QueueShape shape, const u32* turn) {
+// Spoils the counters of the next launch's set, in one of `ways` in turn: all tiles are taken, rows of gemm1 never
+// come, nor do rows of picks. The word of arrivals says which set that is.
+__global__ void spoil(i32* words, gpu::QueueShape shape, const u32* turn, u32 ways) {
+  constexpr i32 kMade = 5 * gpu::QueueShape::kLine;
   i32* set = words + gpu::QueueShape::kLine + (words[0] >= 1 << 30 ? shape.set_words() : 0);
-  if (*turn % 2 == 0) set[0] = 1 << 20;
-  for (i32 hit = 0; *turn % 2 != 0 && hit < 32; ++hit) set[gpu::QueueShape::kHits + hit] = -1000;
+  const u32 way = *turn % ways;
+  if (way == 0) set[0] = 1 << 20;
+  for (i32 hit = 0; way == 1 && hit < 32; ++hit) set[gpu::QueueShape::kHits + hit] = -1000;
+  if (way == 2) set[kMade] = -100000;
 }
 
 // Counts values that are numbers.
@@ -165,7 +177,7 @@ __global__ void count_numbers(const f32* output, i64 values, u32* numbers) {
   }
 }
 
-class AbortedReplays : public ::testing::TestWithParam<i32> {};
+class AbortedReplays : public ::testing::TestWithParam<Replayed> {};
 
 // One launch of a hundred gives up a wait. It is all NaN, and the others are as if it had not been.
 TEST_P(AbortedReplays, LeaveTheOthersRight) {
@@ -175,7 +187,7 @@ TEST_P(AbortedReplays, LeaveTheOthersRight) {
   calls.reserve(kRoutings);
   std::vector<DeviceVector<f32>> expected;
   for (int i = 0; i < kRoutings; ++i) {
-    testing::WholeCall& call = calls.emplace_back(GetParam());
+    testing::WholeCall& call = calls.emplace_back(GetParam().tokens, GetParam().precision);
     cases::Spec spec = call.spec();
     spec.seed = 100 + i;
     spec.routes = static_cast<cases::Routes>(i % 3);  // no holes: a token without picks is zero, whatever is given up
@@ -206,7 +218,8 @@ TEST_P(AbortedReplays, LeaveTheOthersRight) {
           for (int i = first; i < end; ++i) check(i);
         }
         const testing::WholeCall& spoilt = calls[kLaunches % kRoutings];
-        spoil<<<1, 1, 0, cuda>>>(spoilt.queue().data(), testing::WholeCall::shape(), turn.data());
+        spoil<<<1, 1, 0, cuda>>>(spoilt.queue().data(), testing::WholeCall::shape(), turn.data(),
+                                 GetParam().precision == Precision::w4a4 ? 3 : 2);
         spoilt.launch(stream.get());
         count_numbers<<<1, 256, 0, cuda>>>(spoilt.output().data(), values, numbers.data());
         next<<<1, 1, 0, cuda>>>(turn.data());
@@ -228,7 +241,8 @@ TEST_P(AbortedReplays, LeaveTheOthersRight) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Tokens, AbortedReplays, ::testing::Values(3, 12));
+INSTANTIATE_TEST_SUITE_P(Tokens, AbortedReplays,
+                         ::testing::Values(Replayed{3}, Replayed{12}, Replayed{12, Precision::w4a4}));
 
 }  // namespace
 }  // namespace fourmoe

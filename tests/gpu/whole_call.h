@@ -17,8 +17,9 @@ namespace fourmoe::testing {
 
 class WholeCall {
  public:
-  explicit WholeCall(i32 tokens) {
+  explicit WholeCall(i32 tokens, Precision precision = Precision::w4a16) {
     spec_.problem = cases::problem(256, 96, 16, 4);
+    spec_.problem.precision = precision;
     spec_.problem.max_tokens = spec_.tokens = tokens;
     weights_ = cases::random_layer(spec_.problem, 1, false);
     spec_.problem = weights_.problem;
@@ -27,6 +28,7 @@ class WholeCall {
         std::make_unique<weights::DevicePacked>(spec_.problem, weights_.experts, sm90::kPacking, 0, tbb_executor());
     const Problem& p = spec_.problem;
     work_ = std::make_shared<Work>(Work{DeviceVector<i32>(std::vector<i32>(shape().words(), 0)),
+                                        DeviceVector<u16>(i64{sm90::most_hits(p)} * sm90::kHitTokens * p.hidden),
                                         DeviceVector<u16>(i64{sm90::most_hits(p)} * sm90::kHitTokens * p.inter),
                                         DeviceVector<f32>(i64{sm90::most_rows(p)} * p.hidden)});
     ids_out_ = DeviceVector<i32>(i64{tokens} * p.top_k);
@@ -64,6 +66,7 @@ class WholeCall {
     whole.hidden = {hidden_.data(), Dtype::bf16, tokens, p.hidden, p.hidden};
     whole.table = &packed_->table();
     whole.work.queue = work_->queue.data();
+    whole.work.rows = work_->rows.data();
     whole.work.y = work_->y.data();
     whole.work.z = work_->z.data();
     whole.sum.tokens = tokens;
@@ -91,6 +94,7 @@ class WholeCall {
  private:
   struct Work {
     DeviceVector<i32> queue;
+    DeviceVector<u16> rows;  // of w4a4
     DeviceVector<u16> y;
     DeviceVector<f32> z;
   };

@@ -112,6 +112,8 @@ std::vector<Form> forms() {
   all.back().routing = {Score::softmax, 6, 2, 1, true, 1.0f, false};
   all.push_back({"softplus", 256, 6, {}, true});
   all.back().routing.score = Score::sqrt_softplus;
+  all.push_back({"weighted", 32, 1});
+  all.back().routing = {Score::sigmoid, 1, 1, 2, false, 1.0f, true};
   all.push_back({"plain", 64, 4});
   all.back().routing = {Score::none, 1, 1, 2, false, 1.0f, false};
   return all;
@@ -339,6 +341,96 @@ TEST(OneLaunch, OfF16GivesTheBitsOfTheSplitSteps) {
   }
 }
 
+// Picks of a token that want rows of their own.
+struct OwnRows {
+  const char* name;
+  Precision precision;
+  bool weighted;
+  ActivationKind activation;
+  Dtype hidden;
+  bool shared;
+  i32 inter = 96;
+};
+
+class PickRows : public ::testing::TestWithParam<OwnRows> {};
+
+TEST_P(PickRows, GiveTheBitsOfTheSplitSteps) {
+  FOURMOE_NEEDS_HOPPER();
+  const OwnRows& own = GetParam();
+  Spec s;
+  s.problem = cases::problem(592, own.inter, 24, own.weighted ? 1 : 5);  // the last piece of a row is not full
+  s.problem.precision = own.precision;
+  s.problem.activation.kind = own.activation;
+  s.problem.routing.weight_on_input = own.weighted;
+  s.problem.routing.renormalise = !own.weighted;
+  s.hidden = own.hidden;
+  checkpoint::Layer weights = cases::random_layer(s.problem, 3, true);
+  Problem one = s.problem;
+  one.experts = one.local_experts = one.top_k = 1;
+  one.routing = {};
+  one.routing.score = Score::none;
+  const checkpoint::Layer extra = cases::random_layer(one, 77, true);
+  if (own.shared) weights.shared = checkpoint::Layer::Shared{extra.problem, extra.experts[0], {}};
+  LayerOptions how = options();
+  how.precision = own.precision;
+  Layer layer(weights, how);
+  for (const i32 tokens : token_counts(s.problem.top_k)) {
+    s.tokens = tokens;
+    SCOPED_TRACE(tokens);
+    std::vector<f32> logits = random_logits(layer.problem(), tokens, tokens);
+    expect_same(&layer, cases::Call(s), &logits);
+    s.routes = tokens % 2 == 0 ? cases::Routes::one_expert : cases::Routes::holes;
+    expect_same(&layer, cases::Call(s), nullptr);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Device, PickRows,
+    ::testing::Values(OwnRows{"w4a4", Precision::w4a4, false, ActivationKind::swiglu, Dtype::bf16, false},
+                      OwnRows{"w4a4_long", Precision::w4a4, false, ActivationKind::swiglu, Dtype::bf16, false, 1104},
+                      OwnRows{"w4a4_wide", Precision::w4a4, false, ActivationKind::geglu_tanh, Dtype::f32, true},
+                      OwnRows{"w4a4_square", Precision::w4a4, false, ActivationKind::relu2, Dtype::f16, true, 80},
+                      OwnRows{"w4a4_weighted", Precision::w4a4, true, ActivationKind::swiglu, Dtype::bf16, true},
+                      OwnRows{"weighted", Precision::w4a16, true, ActivationKind::swiglu, Dtype::bf16, true},
+                      OwnRows{"weighted_wide", Precision::w4a16, true, ActivationKind::swiglu, Dtype::f32, false},
+                      OwnRows{"weighted_f16", Precision::w4a16, true, ActivationKind::swiglu, Dtype::f16, true},
+                      OwnRows{"square_f16", Precision::w4a16, false, ActivationKind::relu2, Dtype::f16, true}),
+    [](const auto& at) { return std::string(at.param.name); });
+
+// Tokens that come as codes are the same for all picks; one with a bad scale is refused.
+TEST(OneLaunch, OfCodesGivesTheBitsOfTheSplitSteps) {
+  FOURMOE_NEEDS_HOPPER();
+  Spec s;
+  s.problem = cases::problem(592, 96, 24, 5);
+  s.problem.precision = Precision::w4a4;
+  LayerOptions how = options();
+  how.precision = s.problem.precision;
+  Layer layer(cases::random_layer(s.problem, 3, true), how);
+  std::mt19937_64 random(8);
+  for (const i32 tokens : {1, 3, 8, 21, 64}) {
+    for (const i32 bad : {-1, tokens / 2}) {
+      s.tokens = tokens;
+      const cases::Call call(s);
+      std::vector<u8> codes(i64{tokens} * 296), scales(i64{tokens} * 37);
+      for (u8& byte : codes) byte = static_cast<u8>(random());
+      for (u8& byte : scales) byte = static_cast<u8>(0x30 + random() % 16);
+      if (bad >= 0) scales[i64{bad} * 37 + 36] = 0xff;
+      Result results[2];
+      for (const bool whole : {false, true}) {
+        throw_unless_ok(layer.choose(tokens, whole ? kWhole : kSplit, s.hidden));
+        Result& result = results[whole];
+        LayerCall view = call.view(&result.output, Dtype::f32);
+        view.hidden = {codes.data(), Dtype::u8, tokens, 296, 296};
+        view.hidden_scales = {scales.data(), Dtype::u8, tokens, 37, 37};
+        result.status = cases::run_mirrored(&layer, view);
+      }
+      SCOPED_TRACE(std::to_string(tokens) + " tokens, bad " + std::to_string(bad));
+      EXPECT_EQ(results[0].status.ok(), bad < 0) << results[0].status.detail;
+      EXPECT_EQ(results[1], results[0]) << results[1].status.detail;
+    }
+  }
+}
+
 // A caller's ids may name an expert more than once, and more often than the layer has experts.
 TEST(OneLaunch, SameExpertTwice) {
   FOURMOE_NEEDS_HOPPER();
@@ -364,6 +456,7 @@ struct Lost {
   i32 tokens;
   i32 first, count;  // words of the set
   i32 value;
+  Precision precision = Precision::w4a16;
 };
 
 class EveryWait : public ::testing::TestWithParam<Lost> {};
@@ -371,7 +464,7 @@ class EveryWait : public ::testing::TestWithParam<Lost> {};
 TEST_P(EveryWait, IsAFaultOfThatCallAlone) {
   FOURMOE_NEEDS_HOPPER();
   const Lost& lost = GetParam();
-  testing::WholeCall call(lost.tokens);
+  testing::WholeCall call(lost.tokens, lost.precision);
   const std::vector<f32> right = call.run(), again = call.run();
   EXPECT_EQ(right, again);
   EXPECT_TRUE(call.fault().ok()) << call.fault().detail;
@@ -387,10 +480,12 @@ TEST_P(EveryWait, IsAFaultOfThatCallAlone) {
   EXPECT_TRUE(call.fault().ok()) << call.fault().detail;
 }
 
-constexpr i32 kEmptied = 3 * gpu::QueueShape::kLine;
+constexpr i32 kEmptied = 3 * gpu::QueueShape::kLine, kMade = 5 * gpu::QueueShape::kLine;
 INSTANTIATE_TEST_SUITE_P(Device, EveryWait,
                          ::testing::Values(Lost{"a wait for memory to be emptied", 3, kEmptied, 1, -1000},
                                            Lost{"a wait for memory to be emptied", 1, kEmptied, 1, -1000},
+                                           Lost{"the tokens' rows", 1, kMade, 1, -100000, Precision::w4a4},
+                                           Lost{"the tokens' rows", 12, kMade, 1, -100000, Precision::w4a4},
                                            Lost{"gemm1 of local expert", 3, gpu::QueueShape::kHits, 12, -1000},
                                            Lost{"gemm1 of local expert", 12, gpu::QueueShape::kHits, 20, -1000},
                                            Lost{"gemm1 of local expert", 1, 0, 1, 4 * 3},  // whose tiles are all taken

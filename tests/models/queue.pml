@@ -5,7 +5,9 @@
  * is three processes: one empties memory and takes tiles, one brings what a tile needs (and waits for gemm1), one stores,
  * reports and, when no tiles are left, adds up. In the kernel emptying and reporting are a warp of their own, which waits
  * for nobody, and four warps add up. z is numbers that are polled: what an earlier launch
- * left looks like one until it is emptied. With -DSINGLE y is, too, and nothing is reported. A wait that is not over may
+ * left looks like one until it is emptied. With -DSINGLE y is, too, and nothing is reported. With -DOWN picks have rows of
+ * their own, a piece each hit, that blocks make before gemm1 reads them; in the kernel that is work of the four warps,
+ * which wait for nobody meanwhile. A wait that is not over may
  * be given up at any time; -DPATIENT leaves that out, so that a wait that cannot end is a deadlock. The next launch begins
  * when all blocks have ended, as a stream orders them.
  *
@@ -50,10 +52,16 @@
 #define TILES2 ((COLUMNS + TALL - 1) / TALL)
 #define NO_TILE 255
 #define TURNED 64 /* the word of arrivals: above this bit, set 1 is in use */
+#ifdef OWN
+#define SET (6 + HITS)
+#define piece_tickets(s) words[(s) * SET + 4 + HITS]
+#define pieces_word(s) words[(s) * SET + 5 + HITS]
+#else
 #define SET (4 + HITS)
+#endif
 
 /* The queue's memory: the word of arrivals, and two sets: tickets of tiles, parts and sums, parts that are empty, rows of
- * each hit. */
+ * each hit; of OWN, tickets of pieces and pieces that are made. */
 byte arrivals;
 byte words[2 * SET];
 #define tickets(s) words[(s) * SET]
@@ -77,6 +85,11 @@ bool executed[HITS * (TILES1 + TILES2)];
 byte y[HITS];        /* row tiles that are stored */
 byte z[COLUMNS];     /* hits whose part is stored */
 bool y_old[HITS];    /* of an earlier launch */
+#ifdef OWN
+bool x[HITS];        /* a hit's own rows are made */
+bool y_wrong[HITS];  /* a row tile is of rows that were not there */
+bool y_nan[HITS];    /* and was stored as not a number */
+#endif
 bool z_old[COLUMNS];
 bool wrong[COLUMNS]; /* a part is of rows that were not there */
 bool nan[COLUMNS];   /* a part was stored as not a number */
@@ -239,6 +252,22 @@ proctype schedule(byte b; chan feed) {
         d_step { part = part_tickets(set[b]); part_tickets(set[b])++ }
      :: else -> break
      od;
+#ifdef OWN
+     skip; /* no jump into a step */
+     d_step { part = piece_tickets(set[b]); piece_tickets(set[b])++ }
+     do
+     :: part < hits ->
+#ifdef MUTANT_EARLY_PIECE /* reported before it is made */
+        d_step { pieces_word(set[b])++ }
+        x[part] = true;
+#else
+        x[part] = true;
+        d_step { pieces_word(set[b])++ }
+#endif
+        d_step { part = piece_tickets(set[b]); piece_tickets(set[b])++ }
+     :: else -> break
+     od;
+#endif
      do
      :: tile < hits * (TILES1 + TILES2) ->
         d_step { find(tile) }
@@ -282,9 +311,25 @@ proctype load(byte b; chan feed, handed) {
 #endif
         d_step {
           assert((y[hit] == ROWS && !y_old[hit]) || late[b]);
-          for (end : row .. end_row(1, row) - 1) { wrong[end] = wrong[end] || y[hit] < ROWS || y_old[hit] }
+          for (end : row .. end_row(1, row) - 1) {
+            wrong[end] = wrong[end] || y[hit] < ROWS || y_old[hit];
+#ifdef OWN
+            wrong[end] = wrong[end] || y_wrong[hit];
+            nan[end] = nan[end] || y_nan[hit]
+#endif
+          }
           end = 0
         }
+#ifdef OWN
+     :: tile != NO_TILE && width == 0 ->
+#ifndef MUTANT_NO_WAIT_ROWS
+        await(pieces_word(set[b]) >= hits);
+#endif
+        d_step {
+          assert(x[hit] || late[b]);
+          y_wrong[hit] = y_wrong[hit] || !x[hit]
+        }
+#endif
      :: else
      fi;
      handed!tile, width, hit, row;
@@ -358,7 +403,16 @@ proctype finish(byte b; chan handed) {
 #ifdef MUTANT_EARLY_ROWS
         report_rows();
 #endif
-        d_step { assert(!executed[tile]); executed[tile] = true; y[hit] = y[hit] + end_row(0, row) - row }
+        d_step {
+          assert(!executed[tile]);
+          executed[tile] = true;
+          y[hit] = y[hit] + end_row(0, row) - row;
+#ifdef OWN
+#ifndef MUTANT_NUMBERS_ROWS /* who gave up its rows stores what came of them */
+          y_nan[hit] = y_nan[hit] || late[b]
+#endif
+#endif
+        }
 #ifndef MUTANT_EARLY_ROWS
 #ifndef SINGLE
         report_rows()
@@ -405,6 +459,9 @@ init {
        }
        for (i : 0 .. HITS - 1) {
          y[i] = 0;
+#ifdef OWN
+         x[i] = false; y_wrong[i] = false; y_nan[i] = false;
+#endif
 #ifdef SINGLE
          y_old[i] = true
 #endif

@@ -51,6 +51,7 @@ declare -A printed=(
   ["a set was not clear"]='words\[.*==0'
   ["blocks of one launch use two sets"]='set\[b\]==used'
   ["gemm2 read what gemm1 had not stored"]='y\[hit\]=='
+  ["gemm1 read rows that nobody had made"]='\(x\[hit\]'
   ["columns were not added up"]='summed\[i\]'
   ["columns were added up twice"]='!\(summed\['
   ["columns were added up before their parts"]='z\[.*==hits'
@@ -69,6 +70,10 @@ mutant() {
 
 right all "2 blocks, 0 to 2 hits, any wait given up" -DROWS=1 -DCOLUMNS=1
 right all "2 blocks, a single token, any wait given up" -DSINGLE -DROWS=1 -DCOLUMNS=1 -DHITS=1
+right all "2 blocks, rows of picks, any wait given up" -DOWN -DROWS=1 -DCOLUMNS=1 -DHITS=1 -DPARTS=1
+right wrong "2 blocks, rows of picks, 0 to 2 hits" -DOWN -DPATIENT -DROWS=1 -DCOLUMNS=1 -DPARTS=1
+right wrong "2 blocks, rows of picks of a single token" -DOWN -DSINGLE -DPATIENT -DROWS=1 -DCOLUMNS=1 -DPARTS=1
+right wrong "3 blocks in 2 places, rows of picks" -DOWN -DPATIENT -DBLOCKS=3 -DPLACES=2 -DHITS=1 -DROWS=1 -DCOLUMNS=1 -DPARTS=1
 right wrong "2 blocks, 0 to 2 hits" -DPATIENT -DPARTS=1
 right wrong "2 blocks, a single token" -DSINGLE -DPATIENT
 right wrong "2 blocks, tiles of several rows, any wait given up" -DROWS=3 -DCOLUMNS=3 -DTALL=2 -DHITS=1 -DPARTS=1
@@ -97,6 +102,9 @@ mutant "tiles of gemm2 come first" "deadlock" -DMUTANT_REVERSED -DPATIENT -DPLAC
 mutant "a block that gets no tile asks again" "a launch does not end" -DMUTANT_ENDLESS -DHITS=1
 mutant "gemm2 does not wait" "gemm2 read what gemm1 had not stored" -DMUTANT_NO_WAIT
 mutant "rows are reported before they are stored" "gemm2 read what gemm1 had not stored" -DMUTANT_EARLY_ROWS
+mutant "gemm1 does not wait for rows of picks" "gemm1 read rows that nobody had made" -DOWN -DMUTANT_NO_WAIT_ROWS
+mutant "a piece is reported before it is made" "gemm1 read rows that nobody had made" -DOWN -DMUTANT_EARLY_PIECE -DHITS=1
+mutant "who gave up rows stores numbers" "columns are numbers of rows that were not there" -DOWN -DMUTANT_NUMBERS_ROWS -DHITS=1
 mutant "nothing is emptied" "columns were added up before their parts" -DMUTANT_NO_EMPTY -DROWS=1 -DPARTS=1
 mutant "the same, a single token" "columns were added up before their parts" -DMUTANT_NO_EMPTY -DSINGLE -DCOLUMNS=1
 mutant "a part is reported before it is empty" "deadlock" -DMUTANT_EARLY_EMPTY -DPATIENT -DROWS=1 -DCOLUMNS=1

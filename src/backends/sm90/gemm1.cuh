@@ -53,14 +53,12 @@ struct Activate {
   __device__ void store(const Place& place, const Lines& lines, f32 (&d)[kSlots / 2]) const {
     const int feature = first_of(place);
     if (feature >= inter) return;
-    if (activation.gated()) {
-      gate<kSlots>(lines, d);
-      write<kSlots>(place, feature, d);
-    } else {
-      square<kSlots>(lines, d);
-      if (y != nullptr) write_pairs<kSlots>(place, y, feature, d);
-      else write_pairs<kSlots>(place, y_wide, feature, d);
-    }
+    if (activation.gated()) gate<kSlots>(lines, d);
+    else square<kSlots>(lines, d);
+    place.settle(activation.gated(), d);
+    if (activation.gated()) write<kSlots>(place, feature, d);
+    else if (y != nullptr) write_pairs<kSlots>(place, y, feature, d);
+    else write_pairs<kSlots>(place, y_wide, feature, d);
   }
 
  private:

@@ -125,7 +125,7 @@ int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   const f64 hits = expected_hits(load.experts, load.slots), share = hits / multiprocessors;
   const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
   const f64 tiles = share * (load.row_tiles[0] + load.row_tiles[1]);
-  if (load.split && share * load.row_tiles[1] < 9.6) return tiles < 3.2 ? kWholeFewTile : kWholeTile;
+  if (load.split && share * load.row_tiles[1] < 9.6) return tiles < 3.2 && !load.by_pick ? kWholeFewTile : kWholeTile;
   return tiles < 40 && mean < 2.2 ? kWholeTile + 1 : kWholeTile + 2;
 }
 
@@ -178,7 +178,10 @@ std::vector<Variant> variants(const Load& load, const Form& form, i32 multiproce
 
 std::vector<Variant> whole_variants(const LayerLoad& load, i32 multiprocessors) {
   const Load second{load.row_tiles[1], load.experts, load.slots, load.split, false};
-  return list_variants(choose_whole(load, multiprocessors), kWholeTile, kAllTileShapes, second, load.form);
+  std::vector<Variant> found =
+      list_variants(choose_whole(load, multiprocessors), kWholeTile, kAllTileShapes, second, load.form);
+  std::erase_if(found, [&](const Variant& one) { return load.by_pick && !takes_pick_rows(one.number); });
+  return found;
 }
 
 Form form_of(const Problem& problem) {

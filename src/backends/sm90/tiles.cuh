@@ -42,6 +42,9 @@ struct Place {
   __device__ static void put(Bits* at, Bits bits) {
     *at = bits;
   }
+  // What else becomes of features, with a gate or without.
+  template <class Sums>
+  __device__ static void settle(bool, const Sums&) {}
 };
 
 // Sums on their way from the consumers to a warpgroup that has the epilogue alone.

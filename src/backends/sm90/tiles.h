@@ -102,6 +102,8 @@ inline constexpr int kTileShapeCount = 11;            // for one GEMM
 inline constexpr int kWholeTile = kTileShapeCount;    // the first of those for a layer
 inline constexpr int kWholeFewTile = kWholeTile + 3;  // of one token or so
 inline constexpr int kAllTileShapes = static_cast<int>(std::size(kTileShapes));
+// Of those for a layer: built for picks that want rows of their own, too.
+constexpr bool takes_pick_rows(int tile) { return tile >= kWholeTile && tile != kWholeFewTile; }
 
 // What a launch has to do.
 struct Load {
@@ -119,6 +121,7 @@ struct LayerLoad {
   i64 slots;
   bool split;
   Form form = {};
+  bool by_pick = false;  // picks want rows of their own
 };
 
 // The shape for a GEMM.

@@ -25,12 +25,6 @@ Verdict can_whole(const Problem& problem, const Machine& machine) {
     return reject(Reason::encoding_unsupported,
                   fmt::format("weights are {}; nvfp4 or mxfp4 would pass", format::encoding_name(problem.encoding)));
   }
-  if (problem.precision != Precision::w4a16) {
-    return reject(Reason::precision_unsupported, "w4a4 quantises between the GEMMs; w4a16 would pass");
-  }
-  if (problem.routing.weight_on_input) {
-    return reject(Reason::routing_unsupported, "weights on the input differ by pick; weights on the output would pass");
-  }
   return accept();
 }
 
@@ -40,7 +34,9 @@ i64 carve(const Problem& problem, const Machine& machine, std::byte* memory, Wor
   Carver carver(memory);
   work->queue = reinterpret_cast<i32*>(carver.take<std::byte>(kept(problem, machine)));
   const i64 planes = form_of(problem).planes;
-  work->rows = carver.take<u16>(planes * problem.max_tokens * problem.hidden);
+  const i64 rows_of_tokens = has_pick_rows(problem) ? most_hits(problem) * kHitTokens : problem.max_tokens;
+  work->rows = carver.take<u16>(planes * rows_of_tokens * problem.hidden);
+  if (problem.precision == Precision::w4a4) work->refused = carver.take<u8>(problem.max_tokens);
   const i32 rows = problem.max_tokens == 1 ? most_rows(problem) : most_hits(problem) * kHitTokens;
   work->y = carver.take<u16>(planes * rows * problem.inter);
   work->z = carver.take<f32>(i64{most_rows(problem)} * problem.hidden);
@@ -62,6 +58,7 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
 bool suits(const Problem& problem, const Machine& machine, i64 tokens) {
   const LayerLoad load = load_of(problem, tokens);
   const f64 mean = static_cast<f64>(load.slots) / problem.experts;
+  if (load.by_pick && mean > 0.6) return false;  // rows of all picks are made before the first of them is multiplied
   const i32 tiles = load.experts * (load.row_tiles[0] + load.row_tiles[1]);
   return mean <= (tiles < 25 * device_of(machine)->sms ? 2.2 : 4.2);
 }
@@ -79,11 +76,13 @@ bool suits(const Problem& problem, const Machine& machine, i64 tokens) {
   call.slots.out = args.slots;
   call.slots.fault = args.fault;
   call.hidden = args.hidden;
+  call.hidden_scales = args.hidden_scales;
   call.table = args.weights.device;
   call.shared = args.shared.asked;
   call.sum.tokens = args.tokens;
   call.sum.hidden = args.problem->hidden;
   call.sum.top_k = args.problem->top_k;
+  call.sum.weight_on_input = args.problem->routing.weight_on_input;
   call.sum.addend = args.addend;
   call.sum.addend_weights = args.shared.weights;
   call.sum.out = args.output;
@@ -99,11 +98,12 @@ Status run(const Bound& bound) {
 
 LayerLoad load_of(const Problem& problem, i64 tokens) {
   const i32 rows1 = problem.activation.gated() ? 2 * problem.inter : problem.inter;
-  return {{row_tiles(rows1), row_tiles(problem.hidden)},
-          problem.local_experts,
-          tokens * problem.top_k,
-          !problem.batch_invariant && tokens <= kHitTokens,
-          form_of(problem)};
+  return {{row_tiles(rows1), row_tiles(problem.hidden)},    problem.local_experts, tokens * problem.top_k,
+          !problem.batch_invariant && tokens <= kHitTokens, form_of(problem),      has_pick_rows(problem)};
+}
+
+bool has_pick_rows(const Problem& problem) {
+  return problem.precision == Precision::w4a4 || problem.routing.weight_on_input;
 }
 
 // An expert has a hit for every eight of its tokens and one for the rest.

@@ -7,6 +7,7 @@
 #include "combine/sum.cuh"
 #include "gpu/isa/order.cuh"
 #include "gpu/numbers.cuh"
+#include "route/octets.cuh"
 #include "route/pick.cuh"
 
 namespace fourmoe::sm90 {
@@ -25,13 +26,42 @@ struct HitPlace {
   int expert;
   int row_tile;
   const Hit* hit;
-  int first;  // row of the hit's column 0, where it has one for every column; negative: rows are the picks'
+  int first;        // row of the hit's column 0, where it has one for every column; negative: rows are the picks'
+  f32 inter_scale;  // w4a4, of the expert; 0: features stay as they are
+  u32 (*largest)[kHitTokens];  // [4] a warp's features by column; two warps share a block
 
   __device__ bool uses(int column) const { return (hit->columns >> column & 1) != 0; }
   __device__ int row(int column) const { return first >= 0 ? first + column : hit->row[column]; }
   template <class Bits>
   __device__ static void put(Bits* at, Bits bits) {
     gpu::isa::store_relaxed(at, bits);
+  }
+
+  // A thread's features of columns 2t and 2t + 1 become E2M1 * E4M3 by blocks of 16: its warp's, or, with a gate, two
+  // warps'. They lie as Activate has them.
+  __device__ void settle(bool gated, f32 (&d)[4]) const {
+    if (inter_scale == 0.0f) return;
+    const int warp = gpu::isa::uniform(threadIdx.x % 128 / 32), lane = threadIdx.x % 32;
+    u32 most[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      most[c] = max(route::magnitude_of(d[c]), gated ? 0 : route::magnitude_of(d[2 + c]));
+      for (int distance = 4; distance < 32; distance *= 2)
+        most[c] = max(most[c], __shfl_xor_sync(~0u, most[c], distance));
+    }
+    if (gated) {
+      gpu::isa::sync_some(3 + warp / 2, 64);  // the other warp has read what is there
+      if (lane < 4) largest[warp][2 * lane] = most[0], largest[warp][2 * lane + 1] = most[1];
+      gpu::isa::sync_some(3 + warp / 2, 64);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) most[c] = max(most[c], largest[warp ^ 1][lane % 4 * 2 + c]);
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const f32 scale = format::from_e4m3(format::block_scale(__uint_as_float(most[c]), inter_scale));
+      d[c] = route::requantise(d[c], scale, inter_scale);
+      d[2 + c] = route::requantise(d[2 + c], scale, inter_scale);  // with a gate nobody's
+    }
   }
 };
 
@@ -61,12 +91,13 @@ struct Found {
   i32 set;              // of the queue
   i32 hits;
   bool refused;                        // a token
+  bool made;                           // the loading warp has seen that the picks' rows are
   bool late;                           // a wait was given up: what follows is not a number
   u32 experts[kMostOf][kExpertWords];  // bit e: local expert e has that many hits and another
   Hit list[kPicks + kMostOf];  // the shared expert's, then those of experts: ascending, or in the only token's order
   i32 row[kPicks];             // of each pick: its local expert, then, with the list, its row of z; negative for none
   f32 weight[kPicks];
-  // What weights are made of, once the list is on its way.
+  // What weights are made of, once the list is on its way. Then ids make room for HitPlace::largest.
   i32 id[kPicks];
   f64 score[kPicks];
   route::Scale scale[kFewTokens];
@@ -88,9 +119,10 @@ __device__ __forceinline__ void take_over(const Shared<T>& shared, int turn, int
 // Of pointers, as the copy engine counts: in 16s.
 FOURMOE_HD constexpr int bytes_of_table(int experts) { return (experts * 8 + 15) / 16 * 16; }
 
+// kByPick: for picks of a token that want rows of their own, and w4a4, whose y is quantised.
 // kSingle: for one token, whose y is numbers that stand for themselves. That of several would take more reads than the
 // loading warp has time for: its tiles are reported, and come by boxes.
-template <class T, bool kSingle>
+template <class T, bool kSingle, bool kByPick>
 struct Layer {
   // find_hits(): beside the table and who takes an expert, a team of as many experts and groups as there can be.
   static constexpr int kPickBytes =
@@ -108,18 +140,22 @@ struct Layer {
   Activate<T::kPlanes> activate;
   Project project;
   route::DeviceSlots slots;
-  i32 team_shift;  // 2^team_shift warps pick for a token
-  i32 teams;       // at once
-  bool screened;   // see route::Team; true where picks are given, too: one warp copies them
+  const u8* refused;          // [tokens] 1: by its scales; null for none
+  route::PickRows pick_rows;  // hit by column; none where tokens come as codes
+  const f32* inter_scales;    // w4a4, as in DeviceTable; null
+  i32 team_shift;             // 2^team_shift warps pick for a token
+  i32 teams;                  // at once
+  bool screened;              // see route::Team; true where picks are given, too: one warp copies them
   bool shared_expert;
   Queue queue;
   i64 wait_cycles;
   combine::DeviceSum sum;
 
   __device__ const Operands& operands(int width) const { return gemms[width]; }
-  // Of gemm1, with more tokens than columns: all but the shared expert's hits, which are of neighbours.
+  // Of gemm1, with more tokens than columns: all but the shared expert's hits, which are of neighbours. Rows of picks
+  // lie as their hits take them.
   __device__ bool gathers(const gpu::Tile& tile) const {
-    return !kSingle && !T::kSplit && many() && tile.width == 0 && tile.slot >= shared_hits();
+    return !kSingle && !T::kSplit && many() && !by_pick() && tile.width == 0 && tile.slot >= shared_hits();
   }
   __device__ const CUtensorMap& tokens(const gpu::Tile& tile) const { return maps[gathers(tile) ? 2 : tile.width]; }
   __device__ int boxes(const S& shared, const gpu::Tile& tile) const {
@@ -128,7 +164,7 @@ struct Layer {
   __device__ int box_rows(const gpu::Tile& tile) const { return gathers(tile) ? 1 : kHitTokens; }
   __device__ int first_row(const S& shared, const gpu::Tile& tile, int box) const {
     if (gathers(tile)) return shared.job.list[tile.slot].token[box];
-    return tile.width == 1 || many() ? tile.slot * kHitTokens : 0;
+    return tile.width == 1 || many() || by_pick() ? tile.slot * kHitTokens : 0;
   }
   __device__ bool early() const { return true; }
   __device__ const std::byte* blob(const S& shared, const gpu::Tile& tile) const {
@@ -143,7 +179,7 @@ struct Layer {
     for (int hit = threadIdx.x; hit < static_cast<int>(std::size(found.list)); hit += T::kThreads)
       found.list[hit].columns = 0;
     if (threadIdx.x == 0) {
-      found.refused = found.late = false;
+      found.refused = found.late = found.made = false;
       gpu::isa::barrier_init(&found.ready, 1);
       gpu::isa::barrier_init(&found.table, 1);
       gpu::isa::barrier_init(&found.came, 1);
@@ -175,9 +211,11 @@ struct Layer {
     writer.put(0, [] { return gpu::Tile{T::kWidths, 0, 0, 0, 0}; });
   }
 
-  // One warp: a tile of gemm2 needs all of its hit's tiles of gemm1. A wait that is given up is a fault; the tile, and
-  // those after it, go on without their tokens, so that nobody waits for them, and are not numbers.
+  // One warp: a tile of gemm2 needs all of its hit's tiles of gemm1, one of gemm1 the rows of all picks that have any.
+  // A wait that is given up is a fault; the tile, and those after it, go on without their tokens, so that nobody waits
+  // for them, and are not numbers.
   __device__ void wait(S& shared, const gpu::Tile& tile) const {
+    if (tile.width == 0 && by_pick()) await_rows(shared.job);
     if (tile.width == 1) {
       const auto done = [&] { return queue.rows(shared.job.set, tile.slot) >= gemms[0].row_tiles; };
       await(shared.job, gpu::Awaited::tokens, tile.expert, done);
@@ -249,6 +287,7 @@ struct Layer {
   // The epilogue's warpgroup: every tile's sums, then its share of the output.
   __device__ void finish(S& shared) const {
     finish_list(shared);
+    if (by_pick()) make_rows(shared.job);
     gpu::Reader<T::kFeed> reader(shared.feed);
     gpu::Tile tile = reader.next();
     await_empty(shared.job);
@@ -263,6 +302,7 @@ struct Layer {
 
  private:
   __device__ bool many() const { return slots.tokens > kHitTokens; }
+  __device__ bool by_pick() const { return kByPick && pick_rows.rows != nullptr; }
   __device__ int shared_hits() const { return shared_expert ? (slots.tokens + kHitTokens - 1) / kHitTokens : 0; }
 
   // Memory of the ring, before weights come: [2, table_bytes()] blobs of each GEMM, with many tokens those that take
@@ -320,6 +360,38 @@ struct Layer {
     const int parts = empties().parts();
     await(found, gpu::Awaited::empty, 0, [&] { return queue.parts(found.set) >= parts; });
     __syncwarp();
+  }
+
+  // Each warp of the epilogue's: pieces of the picks' rows, as long as there are any that nobody took.
+  __device__ void make_rows(Found& found) const {
+    gpu::isa::wait_for_earlier();
+    gpu::wait(&found.came, 0);
+    const bool leads = threadIdx.x % 32 == 0;
+    const int pieces = pick_rows.pieces(), all = found.hits * pieces;
+    int next = leads ? queue.take_piece(found.set) : 0;
+    for (int i = gpu::isa::uniform(next); i < all; i = gpu::isa::uniform(next)) {
+      if (leads) next = queue.take_piece(found.set);
+      const int index = i / pieces;
+      const Hit& hit = found.list[index];
+      const bool weighs = slots.problem.routing.weight_on_input && index >= shared_hits();  // then top_k is 1
+      for (u32 left = hit.columns; left != 0; left &= left - 1) {
+        const int column = __ffs(static_cast<int>(left)) - 1, token = hit.token[column];
+        const f32 weight = weighs ? found.weight[token] : 1.0f;
+        pick_rows.make<T::kPlanes>(token, i % pieces, weight, hit.expert, index * kHitTokens + column);
+      }
+      __syncwarp();
+      if (leads) queue.report_piece(found.set);
+    }
+  }
+
+  // The warp that loads tokens.
+  __device__ void await_rows(Found& found) const {
+    if (found.made) return;
+    const int all = found.hits * pick_rows.pieces();
+    await(found, gpu::Awaited::rows, 0, [&] { return queue.pieces(found.set) >= all; });
+    gpu::isa::fence_copy_engine();
+    __syncwarp();
+    found.made = true;
   }
 
   // A warp: until done() in all lanes. A wait that is given up ends all waits of the block.
@@ -422,8 +494,9 @@ struct Layer {
   __device__ void note(S& shared, const route::Team& team, const route::Choice& choice) const {
     Found& found = shared.job;
     const i64 index = route::pick_index(slots, team);
-    const i32 expert = route::local_of(slots, choice.id);
-    found.row[index] = choice.id == route::kRefused ? route::kRefused : expert;
+    const bool bad = choice.id == route::kRefused || (kByPick && refused != nullptr && refused[team.token] != 0);
+    const i32 expert = bad ? route::kRefused : route::local_of(slots, choice.id);
+    found.row[index] = expert;
     found.id[index] = choice.id;
     found.score[index] = choice.score;
     if (team.lane == 0) found.scale[team.token] = choice.scale;
@@ -453,6 +526,7 @@ struct Layer {
   __device__ void prefetch_globals(int expert) const {
     gpu::isa::prefetch_line(&activate.globals[2 * expert]);
     gpu::isa::prefetch_line(&project.globals[expert]);
+    if (kByPick && inter_scales != nullptr) gpu::isa::prefetch_line(&inter_scales[expert]);
   }
 
   // A warp, a lane a pick.
@@ -554,9 +628,14 @@ struct Layer {
   __device__ __forceinline__ void finish_tile(S& shared, int turn, const gpu::Tile& tile) const {
     const int first = tile.row_block * T::kRowTiles;
     const int rows = min(T::kRowTiles, gemms[kWidth].row_tiles - first);
+    const f32 inter_scale = kByPick && kWidth == 0 && inter_scales != nullptr ? inter_scales[tile.expert] : 0.0f;
     const auto place = [&](int r) {
-      return HitPlace{tile.expert, first + r, &shared.job.list[tile.slot],
-                      kWidth == 0 && !kSingle ? tile.slot * kHitTokens : -1};
+      return HitPlace{tile.expert,
+                      first + r,
+                      &shared.job.list[tile.slot],
+                      kWidth == 0 && !kSingle ? tile.slot * kHitTokens : -1,
+                      inter_scale,
+                      reinterpret_cast<u32(*)[kHitTokens]>(shared.job.id)};
     };
     const auto scales = epilogue<kWidth>().scales(tile.expert);
     auto lines = epilogue<kWidth>().lines(place(0), scales);  // read while the products are made
@@ -564,7 +643,7 @@ struct Layer {
     for (int r = 0; r < rows; ++r) {
       f32 d[4];
       take_over(shared, turn, r, d);
-      if (kWidth == 1 && shared.job.late) d[0] = d[1] = d[2] = d[3] = __uint_as_float(0x7fc00000u);
+      if ((kWidth == 1 || by_pick()) && shared.job.late) d[0] = d[1] = d[2] = d[3] = __uint_as_float(0x7fc00000u);
       epilogue<kWidth>().template store<kHitTokens>(place(r), lines, d);
       if (r + 1 < rows) lines = epilogue<kWidth>().lines(place(r + 1), scales);
     }

@@ -26,19 +26,25 @@ inline constexpr i32 kMostHits = kFewPicks + kFewTokens / kHitTokens;  // a toke
 // Device memory of the step, for calls of up to problem.max_tokens.
 struct Work {
   i32* queue = nullptr;  // [queue_shape().words()] zeros before the first of the launches that share it
-  u16* rows = nullptr;   // [planes, max_tokens, hidden] tokens rounded to bf16, where they are not; f16 in two planes
+  // [planes, max_tokens, hidden] bf16, f16 in two planes: tokens that do not come so; where picks have rows of their
+  // own [planes, most_hits * kHitTokens, hidden], hit by column
+  u16* rows = nullptr;
+  u8* refused = nullptr;  // [max_tokens] w4a4: 1 where scales of a token that comes quantised are
   u16* y = nullptr;  // [planes, most_hits * kHitTokens, inter] hit by column; one token's [planes, top_k + 1, inter]
   f32* z = nullptr;  // [most_rows, hidden]
 };
 
+// Picks of a token want rows of their own: in w4a4 an expert's input scale, or the routing weight on the input.
+bool has_pick_rows(const Problem& problem);
 i32 most_hits(const Problem& problem);
 gpu::QueueShape queue_shape(i32 multiprocessors);  // one for calls of any size
 i32 most_rows(const Problem& problem);             // one for each pick, then one of each token for the shared expert
 LayerLoad load_of(const Problem& problem, i64 tokens);  // chooses the tile
 
 struct Whole {
-  route::DeviceSlots slots;                     // out.ids and out.weights are written
-  format::Tensor hidden;                        // [tokens, hidden] bf16|f32, or f16; caller's
+  route::DeviceSlots slots;      // out.ids and out.weights are written
+  format::Tensor hidden;         // [tokens, hidden] f32|f16|bf16, or [tokens, hidden/2] u8 codes; caller's
+  format::Tensor hidden_scales;  // of codes, [tokens, hidden/16] u8; else empty
   const weights::DeviceTable* table = nullptr;  // the layer's
   Work work;
   bool clears = false;     // work.queue is nobody's between calls: a launch before the one clears it
