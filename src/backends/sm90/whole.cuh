@@ -155,7 +155,7 @@ struct Layer {
   // Of gemm1, with more tokens than columns: all but the shared expert's hits, which are of neighbours. Rows of picks
   // lie as their hits take them.
   __device__ bool gathers(const gpu::Tile& tile) const {
-    return !kSingle && !T::kSplit && many() && !by_pick() && tile.width == 0 && tile.slot >= shared_hits();
+    return many() && !by_pick() && tile.width == 0 && tile.slot >= shared_hits();
   }
   __device__ const CUtensorMap& tokens(const gpu::Tile& tile) const { return maps[gathers(tile) ? 2 : tile.width]; }
   __device__ int boxes(const S& shared, const gpu::Tile& tile) const {
@@ -301,7 +301,8 @@ struct Layer {
   }
 
  private:
-  __device__ bool many() const { return slots.tokens > kHitTokens; }
+  // More tokens than columns. Where that cannot be nothing is left of what it takes: few tokens would wait for it.
+  __device__ bool many() const { return !T::kSplit && !kSingle && slots.tokens > kHitTokens; }
   __device__ bool by_pick() const { return kByPick && pick_rows.rows != nullptr; }
   __device__ int shared_hits() const { return shared_expert ? (slots.tokens + kHitTokens - 1) / kHitTokens : 0; }
 
