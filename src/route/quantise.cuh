@@ -1,6 +1,8 @@
 // quantise: eight values to NVFP4 in one thread, bit for bit format::quantise_row, without a division for each value.
 #pragma once
 
+#include <cuda_fp8.h>
+
 #include "format/quantise.h"
 #include "gpu/values.cuh"
 
@@ -64,17 +66,27 @@ __device__ __forceinline__ u32 quantise_any(f32 x, const Step& s, f32* value) {
 // The bits of a magnitude: ordered like magnitudes, and a NaN's are the largest.
 __device__ __forceinline__ u32 magnitude_of(f32 x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-// Of a block whose largest value has this magnitude.
+// format::block_scale, by the machine's conversion; of a block whose largest value has this magnitude.
+__device__ __forceinline__ u8 block_scale(u32 largest, f32 global) {
+  const f32 scale = __uint_as_float(largest) / (format::kE2m1Max * global);
+  const f32 least = scale == 0.0f ? 1.0f : scale < 0x1p-9f ? 0x1p-9f : scale;
+  return __nv_cvt_float_to_fp8(least, __NV_SATFINITE, __NV_E4M3);
+}
+
 __device__ __forceinline__ Step step_of(u32 largest, f32 global, u8* scale_byte) {
-  *scale_byte = format::block_scale(__uint_as_float(largest), global);
+  *scale_byte = block_scale(largest, global);
   const f32 scale = format::from_e4m3(*scale_byte);
   const f32 step = scale * global;
   return {step, scale, 1.0f / step, -__fmul_rd(__fmul_rd(step, 0x1p-75f), 0x1p-75f)};
 }
 
 // E2M1 * E4M3 of a value: what quantise_octet makes of it, in fewer instructions that take longer.
-__device__ __forceinline__ f32 requantise(f32 x, f32 scale, f32 global) {
-  return gpu::from_e2m1(format::to_e2m1(x / (scale * global))) * scale;
+__device__ __forceinline__ f32 requantise(f32 x, f32 step, f32 scale) {
+  const f32 quotient = x / step;
+  f32 value;
+  round_e2m1(fabsf(quotient), &value);
+  if (isnan(quotient)) value = 0.0f;
+  return (quotient < 0.0f ? -value : value) * scale;
 }
 
 template <bool kOrdinary>

@@ -58,9 +58,9 @@ struct HitPlace {
     }
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const f32 scale = format::from_e4m3(format::block_scale(__uint_as_float(most[c]), inter_scale));
-      d[c] = route::requantise(d[c], scale, inter_scale);
-      d[2 + c] = route::requantise(d[2 + c], scale, inter_scale);  // with a gate nobody's
+      const f32 scale = format::from_e4m3(route::block_scale(most[c], inter_scale)), step = scale * inter_scale;
+      d[c] = route::requantise(d[c], step, scale);
+      if (!gated) d[2 + c] = route::requantise(d[2 + c], step, scale);
     }
   }
 };
