@@ -131,10 +131,11 @@ Key key_of(const Problem& p, const Machine& machine) {
     if (step->variants == nullptr) continue;
     key.version += fmt::format("{}{}.{} {}", key.version.empty() ? "" : ", ", step->room, step->name, step->revision);
   }
-  key.layer = fmt::format("hidden {}, inter {}, {} of {} experts, top-{}, {}, {}, {}, {}{}", p.hidden, p.inter,
+  key.layer = fmt::format("hidden {}, inter {}, {} of {} experts, top-{}, {}, {}, {}, {}{}{}", p.hidden, p.inter,
                           p.local_experts, p.experts, p.top_k, p.activation.gated() ? "gated" : "not gated",
                           format::encoding_name(p.encoding), precision_name(p.precision),
-                          format::dtype_name(p.activations), p.batch_invariant ? ", batch-invariant" : "");
+                          format::dtype_name(p.activations), p.routing.weight_on_input ? ", weights on the input" : "",
+                          p.batch_invariant ? ", batch-invariant" : "");
   return key;
 }
 
