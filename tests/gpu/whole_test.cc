@@ -302,29 +302,31 @@ TEST(OneLaunch, NotANumberComesThrough) {
   }
 }
 
-// As gpt-oss stores its experts.
-TEST(OneLaunch, OfMxfp4GivesTheBitsOfTheSplitSteps) {
+// As gpt-oss stores its experts, and not quantised at all.
+TEST(OneLaunch, OfOtherEncodingsGivesTheBitsOfTheSplitSteps) {
   FOURMOE_NEEDS_HOPPER();
-  Spec s;
-  s.problem = cases::problem(192, 96, 32, 4);
-  s.problem.encoding = format::Encoding::mxfp4;
-  s.problem.activation.kind = ActivationKind::swiglu_clamped;
-  s.problem.activation.alpha = 1.702f;
-  s.problem.activation.limit = 7.0f;
-  Layer layer(cases::random_layer(s.problem, 3, true), options());
-  for (const i32 tokens : token_counts(s.problem.top_k)) {
-    s.tokens = tokens;
-    const cases::Call call(s);
-    std::vector<f32> logits = random_logits(layer.problem(), s.tokens, s.tokens);
-    SCOPED_TRACE(s.tokens);
-    expect_same(&layer, call, &logits);
+  for (const format::Encoding encoding : {format::Encoding::mxfp4, format::Encoding::bf16}) {
+    Spec s;
+    s.problem = cases::problem(192, 96, 32, 4);
+    s.problem.encoding = encoding;
+    s.problem.activation.kind = ActivationKind::swiglu_clamped;
+    s.problem.activation.alpha = 1.702f;
+    s.problem.activation.limit = 7.0f;
+    Layer layer(cases::random_layer(s.problem, 3, true), options());
+    for (const i32 tokens : token_counts(s.problem.top_k)) {
+      s.tokens = tokens;
+      const cases::Call call(s);
+      std::vector<f32> logits = random_logits(layer.problem(), s.tokens, s.tokens);
+      SCOPED_TRACE(std::string(format::encoding_name(encoding)) + ", tokens " + std::to_string(tokens));
+      expect_same(&layer, call, &logits);
+    }
   }
 }
 
 // f16 tokens are two planes of bf16 each, and so is what gemm1 hands on.
 TEST(OneLaunch, OfF16GivesTheBitsOfTheSplitSteps) {
   FOURMOE_NEEDS_HOPPER();
-  for (const format::Encoding encoding : {format::Encoding::nvfp4, format::Encoding::mxfp4}) {
+  for (const format::Encoding encoding : {format::Encoding::nvfp4, format::Encoding::mxfp4, format::Encoding::bf16}) {
     for (const i32 inter : {96, 1088}) {  // a single token's y in one piece, and in several
       Spec s;
       s.problem = cases::problem(192, inter, 32, 4);
@@ -350,20 +352,27 @@ struct OwnRows {
   Dtype hidden;
   bool shared;
   i32 inter = 96;
+  format::Encoding encoding = format::Encoding::nvfp4;
 };
 
 class PickRows : public ::testing::TestWithParam<OwnRows> {};
 
-TEST_P(PickRows, GiveTheBitsOfTheSplitSteps) {
-  FOURMOE_NEEDS_HOPPER();
-  const OwnRows& own = GetParam();
+Spec spec_of(const OwnRows& own) {
   Spec s;
-  s.problem = cases::problem(592, own.inter, 24, own.weighted ? 1 : 5);  // the last piece of a row is not full
+  s.problem = cases::problem(608, own.inter, 24, own.weighted ? 1 : 5);  // the last piece of a row is not full
   s.problem.precision = own.precision;
+  s.problem.encoding = own.encoding;
   s.problem.activation.kind = own.activation;
   s.problem.routing.weight_on_input = own.weighted;
   s.problem.routing.renormalise = !own.weighted;
   s.hidden = own.hidden;
+  return s;
+}
+
+TEST_P(PickRows, GiveTheBitsOfTheSplitSteps) {
+  FOURMOE_NEEDS_HOPPER();
+  const OwnRows& own = GetParam();
+  Spec s = spec_of(own);
   checkpoint::Layer weights = cases::random_layer(s.problem, 3, true);
   Problem one = s.problem;
   one.experts = one.local_experts = one.top_k = 1;
@@ -384,6 +393,29 @@ TEST_P(PickRows, GiveTheBitsOfTheSplitSteps) {
   }
 }
 
+// Shapes that split K, which few tokens take by default, add in another order.
+TEST_P(PickRows, AreNearTheSplitStepsWhereSumsAreSplit) {
+  FOURMOE_NEEDS_HOPPER();
+  const OwnRows& own = GetParam();
+  Spec s = spec_of(own);
+  LayerOptions how = options();
+  how.precision = own.precision;
+  how.batch_invariant = false;
+  Layer layer(cases::random_layer(s.problem, 3, true), how);
+  for (const i32 tokens : {1, 2, 8}) {
+    s.tokens = tokens;
+    const cases::Call call(s);
+    std::vector<f64> values[2];
+    for (const bool whole : {false, true}) {
+      const Result result = run(&layer, whole ? kWhole : kSplit, call, nullptr);
+      EXPECT_TRUE(result.status.ok()) << result.status.detail;
+      for (std::size_t i = 0; i < result.output.size() / 4; ++i)
+        values[whole].push_back(format::read(result.output.data(), Dtype::f32, i));
+    }
+    EXPECT_LE(cases::rel_l2(values[1], values[0]), cases::bound(layer.problem())) << tokens << " tokens";
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Device, PickRows,
     ::testing::Values(OwnRows{"w4a4", Precision::w4a4, false, ActivationKind::swiglu, Dtype::bf16, false},
@@ -394,6 +426,10 @@ INSTANTIATE_TEST_SUITE_P(
                       OwnRows{"weighted", Precision::w4a16, true, ActivationKind::swiglu, Dtype::bf16, true},
                       OwnRows{"weighted_wide", Precision::w4a16, true, ActivationKind::swiglu, Dtype::f32, false},
                       OwnRows{"weighted_f16", Precision::w4a16, true, ActivationKind::swiglu, Dtype::f16, true},
+                      OwnRows{"weighted_bf16", Precision::w4a16, true, ActivationKind::swiglu, Dtype::bf16, true, 96,
+                              format::Encoding::bf16},
+                      OwnRows{"w4a4_mxfp4", Precision::w4a4, false, ActivationKind::swiglu, Dtype::bf16, false, 96,
+                              format::Encoding::mxfp4},
                       OwnRows{"square_f16", Precision::w4a16, false, ActivationKind::relu2, Dtype::f16, true}),
     [](const auto& at) { return std::string(at.param.name); });
 

@@ -21,10 +21,6 @@ Verdict can_whole(const Problem& problem, const Machine& machine) {
     return reject(Reason::shape_unsupported, fmt::format("max_tokens is {} of top-{}; up to {} would pass",
                                                          problem.max_tokens, problem.top_k, kFewPicks / problem.top_k));
   }
-  if (!format::is_fp4(problem.encoding)) {
-    return reject(Reason::encoding_unsupported,
-                  fmt::format("weights are {}; nvfp4 or mxfp4 would pass", format::encoding_name(problem.encoding)));
-  }
   return accept();
 }
 
@@ -53,14 +49,14 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
 }
 
 // An expert with more tokens than columns is multiplied again for the rest, where wider tiles do it at once; and where
-// tiles are few, only those that split K keep all multiprocessors busy, which take no more tokens than columns.
+// tiles are few, only those that split K keep all multiprocessors busy, which take no more tokens than columns. Rows of
+// all picks are made before the first of them is multiplied.
 // Measured: docs/hopper.md, "Medium batches".
 bool suits(const Problem& problem, const Machine& machine, i64 tokens) {
   const LayerLoad load = load_of(problem, tokens);
   const f64 mean = static_cast<f64>(load.slots) / problem.experts;
-  if (load.by_pick && mean > 0.6) return false;  // rows of all picks are made before the first of them is multiplied
   const i32 tiles = load.experts * (load.row_tiles[0] + load.row_tiles[1]);
-  return mean <= (tiles < 25 * device_of(machine)->sms ? 2.2 : 4.2);
+  return mean <= (load.by_pick || tiles < 25 * device_of(machine)->sms ? 2.2 : 4.2);
 }
 
 [[maybe_unused]] Whole bind(const Bound& bound) {
@@ -77,6 +73,7 @@ bool suits(const Problem& problem, const Machine& machine, i64 tokens) {
   call.slots.fault = args.fault;
   call.hidden = args.hidden;
   call.hidden_scales = args.hidden_scales;
+  call.hidden.rows = args.tokens;  // a caller's may be more
   call.table = args.weights.device;
   call.shared = args.shared.asked;
   call.sum.tokens = args.tokens;

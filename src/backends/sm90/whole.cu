@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(256) decode_tokens(const __grid_constant__ Dec
 }
 
 Status launch_decode(const Whole& call, void* stream) {
-  return gpu::launch("decode", decode_tokens, {call.hidden.rows, 256},
+  return gpu::launch("decode", decode_tokens, {call.slots.tokens, 256},
                      Decoding{call.hidden, call.hidden_scales, call.work.rows, call.work.refused, call.slots.fault},
                      stream);
 }

@@ -3,11 +3,12 @@
 // Every block picks for all tokens by itself, so none waits for another before its first weights are on their way. A
 // hit is an expert and up to eight of the tokens that picked it, the columns of its products. Up to eight tokens in all
 // are the columns of every hit, so nothing is gathered, and those of the tokens that picked it are stored; of more, the
-// copy engine gathers each hit's own, row by row. The layer's shared expert is hit by all tokens, eight at a time.
-// Tiles of both GEMMs stand in one queue (gpu/queue.h); a tile of gemm2 waits for its own hit's tiles of gemm1 while
-// its weights are on the way, and when no tiles are left blocks share out the output, 64 columns of a token at a time,
-// whose rows of z they add up in the order of picks as these come. z, and the y of a single token, are polled number by
-// number (gpu/numbers.cuh); a hit's y of several tokens has a counter, for there the copy engine brings it.
+// copy engine gathers each hit's own, row by row. Where picks of a token want rows of their own, blocks first make
+// them, hit by column, in pieces. The layer's shared expert is hit by all tokens, eight at a time. Tiles of both GEMMs
+// stand in one queue (gpu/queue.h); a tile of gemm2 waits for its own hit's tiles of gemm1 while its weights are on the
+// way, and when no tiles are left blocks share out the output, 64 columns of a token at a time, whose rows of z they
+// add up in the order of picks as these come. z, and the y of a single token, are polled number by number
+// (gpu/numbers.cuh); a hit's y of several tokens has a counter, for there the copy engine brings it.
 #pragma once
 
 #include "backends/sm90/tiles.h"

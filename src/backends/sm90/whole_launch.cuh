@@ -83,8 +83,10 @@ template <bool kByPick, int kTile = kWholeTile>
 Status launch_shape(int tile, const Whole& call, i32 multiprocessors, void* stream) {
   if constexpr (kTile < kAllTileShapes) {
     if constexpr (!kByPick || takes_pick_rows(kTile)) {
-      const bool powers = call.slots.problem.encoding == format::Encoding::mxfp4;
-      if (tile == kTile && powers) return launch_tokens<kByPick, Tiles<kTile, true>>(call, multiprocessors, stream);
+      if constexpr (!Tiles<kTile>::kDense) {
+        const bool powers = call.slots.problem.encoding == format::Encoding::mxfp4;
+        if (tile == kTile && powers) return launch_tokens<kByPick, Tiles<kTile, true>>(call, multiprocessors, stream);
+      }
       if (tile == kTile) return launch_tokens<kByPick, Tiles<kTile>>(call, multiprocessors, stream);
     }
     return launch_shape<kByPick, kTile + 1>(tile, call, multiprocessors, stream);
