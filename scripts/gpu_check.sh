@@ -75,7 +75,7 @@ run_checks() {
   echo "checked after $SECONDS s"
 }
 
-layer() { "$build/fourmoe" bench --backend sm90 --seconds 0.3 "${@:2}" --output "$logs/sm90-layer-$1.json" | grep -E '^ +[0-9]'; }
+layer() { "$build/fourmoe" bench --backend sm90 --seconds 0.1 "${@:2}" --output "$logs/sm90-layer-$1.json" | grep -E '^ +[0-9]'; }
 measure() {
   echo "== ceilings"
   python3 bench/sm90/ceilings.py --output "$out/sm90-ceilings.json" --plot "$out/sm90-ceilings.svg" 2> "$logs/ceilings.log" |
@@ -101,7 +101,7 @@ measure() {
 
   echo "== choices of plans and tiles against the best of all"
   for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron-nano; do
-    "$build/fourmoe" tune --shape "$shape" --tokens 1,3,8,24,64,256,1024,4096 --seconds 0.02 --dry-run --json > "$logs/$shape.json"
+    "$build/fourmoe" tune --shape "$shape" --tokens 1,8,24,64,256,1024 --seconds 0.02 --dry-run --json > "$logs/$shape.json"
   done
   python3 bench/sm90/choices.py "$logs"/{dsv3,qwen3-235b,v4-flash,qwen3-30b,nemotron-nano}.json \
     --output "$out/sm90-choices.json" --plot "$out/sm90-choices.svg" | tail -n 1
