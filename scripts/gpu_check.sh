@@ -1,6 +1,6 @@
 #!/bin/bash
 # Builds the library for GPUs, checks it, runs the standard benchmarks and leaves records: for a machine with a Hopper
-# GPU, nvcc, the packages of scripts/install_deps.sh and a python3 with torch. Less than 10 minutes on 16 cores; what
+# GPU, nvcc, the packages of scripts/install_deps.sh and a python3 with torch. Meant for 10 minutes on 16 cores; what
 # fails is said and the rest goes on. CMAKE_PREFIX_PATH in the environment finds packages in other places.
 # Usage: gpu_check.sh FOLDER [checks|speed]    (records to copy into bench/results, plots to copy into docs/plots)
 # FOURMOE_BUILD in the environment: a folder in which everything is built already.
