@@ -126,6 +126,9 @@ TEST(Sizes, LeaveWhatWasMeasuredForSomethingElse) {
   EXPECT_EQ(source([](Problem* q) { q->activation.kind = ActivationKind::relu2; }), Source::rule);
   EXPECT_EQ(source([](Problem* q) { q->activations = format::Dtype::f16; }), Source::rule);
   EXPECT_EQ(source([](Problem* q) { q->activation.kind = ActivationKind::geglu_tanh; }), Source::tuned);
+  Problem weighted = p;
+  weighted.routing.weight_on_input = true;
+  EXPECT_NE(key_of(weighted, with_h200()).layer, key_of(p, with_h200()).layer);
 
   Machine smaller = with_h200();
   smaller.devices[0].sms = 66;

@@ -1,4 +1,4 @@
-// quantise: eight values to NVFP4 in one thread, bit for bit format::quantise_row, without a division for each value.
+// quantise: values to NVFP4 in one thread, bit for bit format::quantise_row: eight without a division for each, or one.
 #pragma once
 
 #include <cuda_fp8.h>

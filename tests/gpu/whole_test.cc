@@ -397,6 +397,8 @@ TEST_P(PickRows, GiveTheBitsOfTheSplitSteps) {
 TEST_P(PickRows, AreNearTheSplitStepsWhereSumsAreSplit) {
   FOURMOE_NEEDS_HOPPER();
   const OwnRows& own = GetParam();
+  const bool planes = own.precision == Precision::w4a16 && own.hidden == Dtype::f16;
+  if (planes || !format::is_fp4(own.encoding)) GTEST_SKIP() << "no shape that splits K";
   Spec s = spec_of(own);
   LayerOptions how = options();
   how.precision = own.precision;
@@ -430,6 +432,7 @@ INSTANTIATE_TEST_SUITE_P(
                               format::Encoding::bf16},
                       OwnRows{"w4a4_mxfp4", Precision::w4a4, false, ActivationKind::swiglu, Dtype::bf16, false, 96,
                               format::Encoding::mxfp4},
+                      // none of its own, but f16 without a gate, beside a shared expert
                       OwnRows{"square_f16", Precision::w4a16, false, ActivationKind::relu2, Dtype::f16, true}),
     [](const auto& at) { return std::string(at.param.name); });
 

@@ -49,7 +49,7 @@ Status pack(const weights::Piece& piece, gpu::Stream stream);
 
 extern const weights::Packing kPacking;
 
-// What both steps ask of problem and machine.
+// What all steps ask of problem and machine.
 Verdict can(const Problem& problem, const Machine& machine);
 std::string describe(const Problem& problem, const Machine& machine);
 

@@ -20,14 +20,8 @@ __global__ void __launch_bounds__(256) round_tokens(const __grid_constant__ Roun
   f32 x[8];
   gpu::load_octet(a.hidden.row(i / octets), a.hidden.dtype, i % octets, x);
   uint4* rows = reinterpret_cast<uint4*>(a.rows);
-  if (!a.two) {
-    rows[i] = gpu::octet_bf16(x);
-    return;
-  }
-  gpu::Planes pair[4];
-  for (int j = 0; j < 4; ++j) pair[j] = gpu::planes_of_f16(x[2 * j], x[2 * j + 1]);
-  rows[i] = {pair[0].high, pair[1].high, pair[2].high, pair[3].high};
-  rows[a.hidden.rows * octets + i] = {pair[0].low, pair[1].low, pair[2].low, pair[3].low};
+  if (a.two) route::split(x, &rows[i], &rows[a.hidden.rows * octets + i]);
+  else rows[i] = gpu::octet_bf16(x);
 }
 
 Status launch_round(const Whole& call, void* stream) {

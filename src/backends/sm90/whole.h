@@ -50,7 +50,7 @@ struct Whole {
   Work work;
   bool clears = false;     // work.queue is nobody's between calls: a launch before the one clears it
   bool shared = false;     // entry [local_experts] of the table is an expert that all tokens take
-  combine::DeviceSum sum;  // top_k, out and, with a shared expert, addend_weights
+  combine::DeviceSum sum;  // all but pick_slot, weights and rows; addend too where a shared expert is asked for
   i32 tile = -1;           // of kTileShapes; -1: chosen
   i64 wait_cycles = gpu::kQueueCycles;
 };

@@ -21,6 +21,7 @@ inline Rows rows_of(const Whole& call) {
 
 template <class T, bool kSingle, bool kByPick>
 Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
+  using Job = Layer<T, kSingle, kByPick>;
   const Problem& problem = call.slots.problem;
   const weights::DeviceTable& table = *call.table;
   if (T::kSplit && call.slots.tokens > kHitTokens) {
@@ -28,7 +29,7 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   }
   const i32 rows1 = problem.activation.gated() ? 2 * problem.inter : problem.inter;
   const i32 entries = problem.local_experts + (call.shared ? 1 : 0);
-  Layer<T, kSingle, kByPick> job{};
+  Job job{};
   job.gemms[0] = Operands{table.gemm1, entries, row_tiles(rows1), k_steps(problem.hidden)};
   job.gemms[1] = Operands{table.gemm2, entries, row_tiles(problem.hidden), k_steps(problem.inter)};
   const i32 rows_of_y = kSingle ? problem.top_k + 1 : most_hits(problem) * kHitTokens;  // of a plane
@@ -48,10 +49,8 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   }
   if (problem.precision == Precision::w4a4) job.inter_scales = table.inter_scale;
   job.screened = call.slots.in.logits.data == nullptr || route::can_screen(call.slots);
-  while (!job.screened && ((2 * call.slots.tokens) << job.team_shift) <= Layer<T, kSingle, kByPick>::kPickers)
-    ++job.team_shift;
-  job.teams = std::min(Layer<T, kSingle, kByPick>::kPickers >> job.team_shift,
-                       Layer<T, kSingle, kByPick>::kPickBytes / (8 * route::team_words(problem)));
+  while (!job.screened && ((2 * call.slots.tokens) << job.team_shift) <= Job::kPickers) ++job.team_shift;
+  job.teams = std::min(Job::kPickers >> job.team_shift, Job::kPickBytes / (8 * route::team_words(problem)));
   job.shared_expert = call.shared;
   job.queue = {queue_shape(multiprocessors), call.work.queue};
   job.wait_cycles = call.wait_cycles;
@@ -69,8 +68,8 @@ Status launch_layer(const Whole& call, i32 multiprocessors, void* stream) {
   }
   if (status.ok() && call.slots.tokens > kHitTokens) status = gpu::map_rows(of_tokens, 1, &job.maps[2]);
   if (!status.ok()) return status;
-  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T, Layer<T, kSingle, kByPick>>(), true};
-  return gpu::launch(multiply_tiles<T, Layer<T, kSingle, kByPick>>, shape, stream, job);
+  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T, Job>(), true};
+  return gpu::launch(multiply_tiles<T, Job>, shape, stream, job);
 }
 
 template <bool kByPick, class T>
