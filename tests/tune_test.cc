@@ -216,6 +216,28 @@ TEST(Alternatives, AreEveryCoverWithEveryVariant) {
   EXPECT_EQ(plan::alternatives(usual(8), machine(), {}).size(), 1u);
 }
 
+// Whatever the rule or a measurement names for picks that want rows of their own.
+TEST(Variants, OfPicksRowsAreBuilt) {
+  for (const i32 experts : {1, 16, 128, 512}) {
+    for (const i32 tokens : {1, 2, 8, 9, 64}) {
+      for (const i32 inter : {64, 768, 2048}) {
+        for (const format::Encoding encoding : {format::Encoding::nvfp4, format::Encoding::bf16}) {
+          Problem p = cases::problem(2048, inter, experts, 1);
+          p.encoding = encoding;
+          p.max_tokens = tokens;
+          p.routing.weight_on_input = true;
+          const auto variants = sm90::whole_variants(sm90::load_of(p, tokens), 132);
+          EXPECT_FALSE(variants.empty());
+          for (const Variant& one : variants) {
+            EXPECT_TRUE(sm90::takes_pick_rows(one.number)) << one.name;
+            EXPECT_EQ(sm90::kTileShapes[one.number].form.dense, encoding == format::Encoding::bf16) << one.name;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Variants, HaveNamesOfTheirOwn) {
   std::set<std::string> names;
   for (int tile = 0; tile < sm90::kAllTileShapes; ++tile) {

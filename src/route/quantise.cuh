@@ -66,13 +66,14 @@ __device__ __forceinline__ u32 quantise_any(f32 x, const Step& s, f32* value) {
 // The bits of a magnitude: ordered like magnitudes, and a NaN's are the largest.
 __device__ __forceinline__ u32 magnitude_of(f32 x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-// format::block_scale, by the machine's conversion; of a block whose largest value has this magnitude.
+// Of a block whose largest value has this magnitude: format::block_scale, by the machine's conversion.
 __device__ __forceinline__ u8 block_scale(u32 largest, f32 global) {
   const f32 scale = __uint_as_float(largest) / (format::kE2m1Max * global);
   const f32 least = scale == 0.0f ? 1.0f : scale < 0x1p-9f ? 0x1p-9f : scale;
   return __nv_cvt_float_to_fp8(least, __NV_SATFINITE, __NV_E4M3);
 }
 
+// And what its values are divided by.
 __device__ __forceinline__ Step step_of(u32 largest, f32 global, u8* scale_byte) {
   *scale_byte = block_scale(largest, global);
   const f32 scale = format::from_e4m3(*scale_byte);
