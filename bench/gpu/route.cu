@@ -151,8 +151,6 @@ struct Layer {
     gather = {p, tokens, hidden, slots.out, nullptr, allocate<u16>(slot_values)};
     quantise = gather;
     quantise.input_scales = upload(std::vector<f32>(p.local_experts, 0.01f));
-    quantise.slots.codes = allocate<u8>(slot_values / 2);
-    quantise.slots.scales = allocate<u8>(slot_values / 16);
     const f32* z = reinterpret_cast<const f32*>(random_bf16(2 * slot_values));
     sum = {tokens, p.hidden, p.top_k, false, slots.out.pick_slot, slots.out.weights, z};
     sum.out.output = {allocate<u16>(i64{tokens} * p.hidden), format::Dtype::bf16, tokens, p.hidden, p.hidden};
@@ -166,8 +164,7 @@ struct Layer {
          {(const void*)slots.in.logits.data, (const void*)slots.in.bias, (const void*)slots.out.ids,
           (const void*)slots.out.weights, (const void*)slots.out.expert_begin, (const void*)slots.out.slot_pick,
           (const void*)slots.out.pick_slot, (const void*)slots.fault, (const void*)slots.chunk_counts,
-          (const void*)hidden.data, (const void*)gather.rows, (const void*)quantise.input_scales,
-          (const void*)quantise.slots.codes, (const void*)quantise.slots.scales, (const void*)sum.rows,
+          (const void*)hidden.data, (const void*)gather.rows, (const void*)quantise.input_scales, (const void*)sum.rows,
           (const void*)sum.out.output.data, (const void*)logits_args.router.data, (const void*)logits_args.logits}) {
       cudaFree(const_cast<void*>(memory));
     }
@@ -287,7 +284,7 @@ void measure(const Shape& shape, i32 tokens, f64 copy) {
       "\"slots_gather_combine_us\": %.2f, \"gather_of_copy\": %.3f, \"quantise_of_copy\": %.3f, \"combine_of_copy\": "
       "%.3f}\n",
       shape.name, tokens, logits_us, slots_us, gather_us, quantise_us, combine_us, two_us, three_us,
-      values * 2 * (1 + picks) / gather_us * 1e-3 / copy, values * (2 + 2.5625 * picks) / quantise_us * 1e-3 / copy,
+      values * 2 * (1 + picks) / gather_us * 1e-3 / copy, values * 2 * (1 + picks) / quantise_us * 1e-3 / copy,
       values * (2 + 4 * picks) / combine_us * 1e-3 / copy);
   if (tokens == 4096) compare_combines(shape.name, layer, copy);
 }

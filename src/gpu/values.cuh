@@ -1,6 +1,8 @@
 // values: reading and writing runs of floats of the types that callers have, 16 bytes at a time where they lie so.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include "format/nvfp4.h"
 #include "format/tensor.h"
 
@@ -35,6 +37,13 @@ __device__ __forceinline__ Planes planes_of_f16(f32 first, f32 second) {
   const f32 y = format::from_f16(format::to_f16_saturated(second));
   const u32 high = pair_bf16(x, y);
   return {high, pair_bf16(x - low_bf16(high), y - high_bf16(high))};
+}
+
+// The products of two pairs of bf16, rounded.
+__device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
+  const __nv_bfloat162 product =
+      __hmul2_rn(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+  return *reinterpret_cast<const u32*>(&product);
 }
 
 // Eight values from column 8 * octet on; the row begins at a multiple of 16 bytes.

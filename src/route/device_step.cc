@@ -6,35 +6,16 @@
 namespace fourmoe::route {
 namespace {
 
-// Codes and scales of the slots' tokens, which only w4a4 makes and nobody reads: rows hold the same values.
-i64 code_bytes(const Problem& problem) {
-  return problem.precision == Precision::w4a4 ? i64{problem.max_tokens} * problem.top_k * problem.hidden / 2 : 0;
-}
-i64 scale_bytes(const Problem& problem) { return code_bytes(problem) / 8; }
-
 Verdict can(const Problem&, const Machine& machine) { return gpu::can(machine, 9, 0); }
 
-i64 carve(const Problem& problem, std::byte* scratch, DeviceSlots* slots, Out* out) {
-  Carver carver(scratch);
-  slots->chunk_counts = reinterpret_cast<u32*>(carver.take<std::byte>(sort_scratch_bytes(problem)));
-  out->codes = carver.take<u8>(code_bytes(problem));
-  out->scales = carver.take<u8>(scale_bytes(problem));
-  return carver.used();
-}
-
-i64 bytes(const Problem& problem, const Machine&) {
-  DeviceSlots unused;
-  Out out;
-  return carve(problem, nullptr, &unused, &out);
-}
+i64 bytes(const Problem& problem, const Machine&) { return sort_scratch_bytes(problem); }
 
 Status run(const Bound& bound) {
   if constexpr (!gpu::kBuilt) return gpu::not_built();
   else {
     const Args& args = *bound.args;
     DeviceSlots slots;
-    Out out = args.slots;
-    carve(*args.problem, bound.scratch, &slots, &out);
+    slots.chunk_counts = reinterpret_cast<u32*>(bound.scratch);
     slots.problem = *args.problem;
     slots.tokens = args.tokens;
     slots.in = args.picks;
@@ -46,7 +27,7 @@ Status run(const Bound& bound) {
     tokens.problem = *args.problem;
     tokens.tokens = args.tokens;
     tokens.hidden = args.hidden;
-    tokens.slots = out;
+    tokens.slots = args.slots;
     tokens.input_scales = args.weights.device->input_scale;
     tokens.rows = args.slots.rows;
     tokens.hidden_scales = args.hidden_scales;

@@ -74,7 +74,9 @@ struct PickRows {
     if constexpr (kPlanes == 2) {
       if (real) split(x, to, to + plane / 8);
     } else {
-      const Quantised q = quantise_octet(x, input_scales[expert]);
+      const u32 largest = largest_of(x);
+      const f32 global = input_scales[expert];
+      const Quantised q = quantise_octet<false>(x, largest, step_of(block_scale(largest, global), global));
       if (real) *to = q.bf16;
     }
   }

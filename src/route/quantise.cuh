@@ -10,16 +10,14 @@ namespace fourmoe::route {
 
 struct Quantised {
   u32 codes;   // E2M1, the first value in the low nibble
-  u8 scale;    // E4M3 of the block of 16 that two lanes share
   uint4 bf16;  // E2M1 * E4M3
 };
 
 // What the values of a block are divided by.
 struct Step {
-  f32 step;      // scale * global
-  f32 scale;     // as a number
-  f32 inverse;   // 1 / step, rounded
-  f32 negative;  // largest x <= 0 for which x / step rounds to 0: the sign of anything below is kept
+  f32 step;     // scale * global
+  f32 scale;    // as a number
+  f32 inverse;  // 1 / step, rounded
 };
 
 // Two values whose bf16 are their upper halves.
@@ -27,40 +25,34 @@ __device__ __forceinline__ u32 upper_halves(f32 low, f32 high) {
   return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
 }
 
-// Where divide() is a division: no operand or result of it leaves the normal numbers unless it is far below a code.
+// Where quantise_ordinary() is right: no operand or result of divide() leaves the normal numbers unless it is far below
+// a code, and no quotient is beyond what rounds to 6. Of a scale that is neither subnormal nor 448 they are 6.4 at
+// most.
 __device__ __forceinline__ bool is_ordinary(f32 step, f32 largest) {
-  return step >= 0x1p-100f && step <= 0x1p100f && largest <= step * 0x1p20f;
+  return step >= 0x1p-100f && step <= 0x1p100f && largest <= step * 6.5f;
 }
 
-// x / step, correctly rounded: x * (1 / step) corrected twice (Markstein's theorem asks for a quotient within one ulp
-// and a correctly rounded inverse).
+// x / step for round_e2m1(): x * (1 / step), corrected once. Correctly rounded within three ulps of every tie of E2M1,
+// for every step (DeviceRows.TiesOfEveryStep); elsewhere an ulp more or less makes no other code.
 __device__ __forceinline__ f32 divide(f32 x, const Step& s) {
-  f32 q = __fmul_rn(x, s.inverse);
-  q = fmaf(fmaf(-q, s.step, x), s.inverse, q);
+  const f32 q = __fmul_rn(x, s.inverse);
   return fmaf(fmaf(-q, s.step, x), s.inverse, q);
 }
 
-// E2M1 of a magnitude as code and number. Adding 2^22, 2^23, 2^24 leaves steps of 1/2, 1, 2 with ties to even; what is
-// added beyond those makes the low bits the code.
-__device__ __forceinline__ u32 round_e2m1(f32 magnitude, f32* value) {
-  const f32 most = fminf(magnitude, 6.0f);
-  const f32 shift = most < 2.0f ? 0x1p22f : most < 4.0f ? 0x1p23f + 2.0f : 0x1p24f + 8.0f;
-  const f32 sum = __fadd_rn(most, shift);
-  *value = __fadd_rn(sum, -shift);
-  return __float_as_uint(sum) & 7u;
+// The nearest E2M1 of a quotient below 7 in magnitude, ties to even codes; zeros are positive. Beside 1.5 * 2^22 times
+// the quotient's power of two, from 1 on, an f32 has steps of half that power: what E2M1 has there.
+__device__ __forceinline__ f32 round_e2m1(f32 quotient) {
+  const f32 power = __uint_as_float(__float_as_uint(fmaxf(fabsf(quotient), 1.0f)) & 0x7f800000u);
+  return fmaf(power, -0x1.8p22f, fmaf(power, 0x1.8p22f, quotient));
 }
 
-__device__ __forceinline__ u32 quantise_ordinary(f32 x, const Step& s, f32* value) {
-  const u32 code = round_e2m1(divide(fabsf(x), s), value);
-  const bool negative = x < s.negative;
-  *value = (negative ? -*value : *value) * s.scale;
+// The code of x whose E2M1 is `value`: the sign is that of the quotient, and of a quotient that rounds to no number at
+// all it is positive.
+__device__ __forceinline__ u32 code_of(f32 x, f32 value, f32 step) {
+  const u32 bits = __float_as_uint(value) & 0x7fffffffu;
+  const u32 code = bits >= 0x3f800000u ? (bits >> 22) - 0xfcu : bits != 0;  // 1 is code 2
+  const bool negative = x < -__fmul_rd(__fmul_rd(step, 0x1p-75f), 0x1p-75f);
   return negative ? code | 8u : code;
-}
-
-__device__ __forceinline__ u32 quantise_any(f32 x, const Step& s, f32* value) {
-  const u32 code = format::to_e2m1(x / s.step);
-  *value = gpu::from_e2m1(code) * s.scale;
-  return code;
 }
 
 // The bits of a magnitude: ordered like magnitudes, and a NaN's are the largest.
@@ -74,46 +66,60 @@ __device__ __forceinline__ u8 block_scale(u32 largest, f32 global) {
 }
 
 // And what its values are divided by.
-__device__ __forceinline__ Step step_of(u32 largest, f32 global, u8* scale_byte) {
-  *scale_byte = block_scale(largest, global);
-  const f32 scale = format::from_e4m3(*scale_byte);
-  const f32 step = scale * global;
-  return {step, scale, 1.0f / step, -__fmul_rd(__fmul_rd(step, 0x1p-75f), 0x1p-75f)};
+__device__ __forceinline__ Step step_of(u8 scale_byte, f32 global) {
+  const f32 scale = format::from_e4m3(scale_byte), step = scale * global;
+  return {step, scale, 1.0f / step};
 }
 
 // E2M1 * E4M3 of a value: what quantise_octet makes of it, in fewer instructions that take longer.
 __device__ __forceinline__ f32 requantise(f32 x, f32 step, f32 scale) {
-  const f32 quotient = x / step;
-  f32 value;
-  round_e2m1(fabsf(quotient), &value);
-  if (isnan(quotient)) value = 0.0f;
-  return (quotient < 0.0f ? -value : value) * scale;
+  return round_e2m1(fminf(fmaxf(x / step, -6.0f), 6.0f)) * scale;  // of a NaN the scale is one
 }
 
-template <bool kOrdinary>
-__device__ __forceinline__ void quantise_values(const f32 (&x)[8], const Step& s, Quantised* out) {
-  f32 value[8];
-  out->codes = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const u32 code = kOrdinary ? quantise_ordinary(x[i], s, &value[i]) : quantise_any(x[i], s, &value[i]);
-    out->codes |= code << 4 * i;
-  }
-  out->bf16 = {upper_halves(value[0], value[1]), upper_halves(value[2], value[3]), upper_halves(value[4], value[5]),
-               upper_halves(value[6], value[7])};
-}
-
-// All lanes call it.
-__device__ __forceinline__ Quantised quantise_octet(const f32 (&x)[8], f32 global) {
+// The magnitude, as magnitude_of, of the block's largest value. All lanes call it.
+__device__ __forceinline__ u32 largest_of(const f32 (&x)[8]) {
   u32 bits = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) bits = max(bits, magnitude_of(x[i]));
-  bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, 1));
+  return max(bits, __shfl_xor_sync(0xffffffffu, bits, 1));
+}
+
+template <bool kCodes>
+__device__ __forceinline__ Quantised quantise_ordinary(const f32 (&x)[8], const Step& s) {
   Quantised out;
-  const Step s = step_of(bits, global, &out.scale);
-  if (is_ordinary(s.step, __uint_as_float(bits))) quantise_values<true>(x, s, &out);
-  else quantise_values<false>(x, s, &out);
+  const u32 factor = upper_halves(s.scale, s.scale);
+  u32 pairs[4];
+  out.codes = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const f32 low = round_e2m1(divide(x[2 * i], s)), high = round_e2m1(divide(x[2 * i + 1], s));
+    pairs[i] = gpu::multiply_bf16(upper_halves(low, high), factor);
+    if (kCodes) out.codes |= (code_of(x[2 * i], low, s.step) | code_of(x[2 * i + 1], high, s.step) << 4) << 8 * i;
+  }
+  out.bf16 = {pairs[0], pairs[1], pairs[2], pairs[3]};
   return out;
+}
+
+__device__ __forceinline__ Quantised quantise_any(const f32 (&x)[8], const Step& s) {
+  Quantised out;
+  f32 value[8];
+  out.codes = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const u32 code = format::to_e2m1(x[i] / s.step);
+    value[i] = gpu::from_e2m1(code) * s.scale + 0.0f;
+    out.codes |= code << 4 * i;
+  }
+  out.bf16 = {upper_halves(value[0], value[1]), upper_halves(value[2], value[3]), upper_halves(value[4], value[5]),
+              upper_halves(value[6], value[7])};
+  return out;
+}
+
+// By a block's step; kCodes: with codes. Numbers that are 0 are positive, whatever their codes' signs.
+template <bool kCodes>
+__device__ __forceinline__ Quantised quantise_octet(const f32 (&x)[8], u32 largest, const Step& s) {
+  if (is_ordinary(s.step, __uint_as_float(largest))) return quantise_ordinary<kCodes>(x, s);
+  return quantise_any(x, s);
 }
 
 __device__ __forceinline__ uint4 decode_octet(u32 codes, u8 scale) {

@@ -95,54 +95,65 @@ __global__ void __launch_bounds__(kThreads) gather_planes(const DeviceTokens a) 
   }
 }
 
-// [rows, columns] codes, scales and decoded values, of which octet `index` is written.
+// An octet's codes, the scale of its block from the first of its threads, and decoded values, in rows [.., columns].
 struct To {
-  u8* codes;
+  u8* codes;  // null with scales: none are wanted
   u8* scales;
   u16* rows;  // may be null
-};
 
-__device__ __forceinline__ void store(const To& to, i64 index, const Quantised& q) {
-  reinterpret_cast<u32*>(to.codes)[index] = q.codes;
-  if (index % 2 == 0) to.scales[index / 2] = q.scale;
-  if (to.rows != nullptr) reinterpret_cast<uint4*>(to.rows)[index] = q.bf16;
-}
+  template <bool kCodes>
+  __device__ __forceinline__ void store(i64 index, const Quantised& q, u8 scale) const {
+    if (rows != nullptr) reinterpret_cast<uint4*>(rows)[index] = q.bf16;
+    if constexpr (kCodes) {
+      reinterpret_cast<u32*>(codes)[index] = q.codes;
+      if (index % 2 == 0) scales[index / 2] = scale;
+    }
+  }
+};
 
 // Where a pick goes and how its token is scaled.
 struct Target {
-  i32 slot;  // negative for nowhere
-  f32 weight;
-  f32 global;
+  i32 slot = -1;  // negative for nowhere
+  f32 global = 0.0f;
 };
 
 __device__ __forceinline__ Target target_of(const DeviceTokens& a, i64 pick) {
   const i32 slot = a.slots.pick_slot[pick];
-  if (slot < 0) return {slot, 0.0f, 0.0f};
-  const f32 weight = a.problem.routing.weight_on_input ? a.slots.weights[pick] : 1.0f;
-  return {slot, weight, a.input_scales[a.slots.ids[pick] - a.problem.first_expert]};
+  return {slot, slot < 0 ? 0.0f : a.input_scales[a.slots.ids[pick] - a.problem.first_expert]};
 }
 
+// Two picks at a time: of the two threads that share a block each makes the step of one.
+template <bool kCodes>
 __global__ void __launch_bounds__(kThreads) quantise_tokens(const DeviceTokens a) {
   gpu::begin();
   const Problem& problem = a.problem;
   const Place at = place(problem.hidden);
-  const i64 octets = problem.hidden / 8;
+  const i64 octets = problem.hidden / 8, pick = at.row * problem.top_k;
   const bool real = at.octet < octets;
-  f32 token[8];
-  gpu::load_octet(a.hidden.row(at.row), a.hidden.dtype, real ? at.octet : 0, token);
+  const To to{a.slots.codes, a.slots.scales, a.rows};
+  f32 x[8];
+  gpu::load_octet(a.hidden.row(at.row), a.hidden.dtype, real ? at.octet : 0, x);
   const i32 lane = static_cast<i32>(threadIdx.x % 32);
-  Target mine = {-1, 0.0f, 0.0f};  // of pick `lane`
-  if (lane < problem.top_k) mine = target_of(a, at.row * problem.top_k + lane);
-  for (i32 p = 0; p < problem.top_k; ++p) {
-    const i32 slot = __shfl_sync(kAll, mine.slot, p);
-    const f32 weight = __shfl_sync(kAll, mine.weight, p);
-    const f32 global = __shfl_sync(kAll, mine.global, p);
-    if (slot < 0) continue;
-    f32 x[8];
+  const Target mine = lane < problem.top_k ? target_of(a, pick + lane) : Target{};
+  const bool weighs = problem.routing.weight_on_input && __shfl_sync(kAll, mine.slot, 0) >= 0;  // then top_k is 1
+  const f32 weight = weighs ? a.slots.weights[pick] : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = token[i] * weight;
-    const Quantised q = quantise_octet(x, global);
-    if (real) store({a.slots.codes, a.slots.scales, a.rows}, slot * octets + at.octet, q);
+  for (f32& value : x) value *= weight;
+  const u32 largest = largest_of(x);
+  for (i32 first = 0; first < problem.top_k; first += 2) {
+    const f32 global = __shfl_sync(kAll, mine.global, first + lane % 2);
+    const u8 own_scale = block_scale(largest, global);
+    const Step own = step_of(own_scale, global);
+#pragma unroll
+    for (i32 i = 0; i < 2; ++i) {
+      const i32 slot = __shfl_sync(kAll, mine.slot, first + i);
+      const Step step{__shfl_sync(kAll, own.step, i, 2), __shfl_sync(kAll, own.scale, i, 2),
+                      __shfl_sync(kAll, own.inverse, i, 2)};
+      const u32 scale = kCodes ? __shfl_sync(kAll, u32{own_scale}, i, 2) : 0;
+      if (slot < 0) continue;
+      const Quantised q = quantise_octet<kCodes>(x, largest, step);
+      if (real) to.store<kCodes>(slot * octets + at.octet, q, static_cast<u8>(scale));
+    }
   }
 }
 
@@ -150,6 +161,7 @@ __device__ __forceinline__ bool in_use(const DeviceRows& a, i64 slot) {
   return slot < a.slots.expert_begin[a.problem.local_experts];
 }
 
+template <bool kCodes>
 __global__ void __launch_bounds__(kThreads) quantise_slots(const DeviceRows a) {
   gpu::begin();
   const Place at = place(a.columns);
@@ -159,24 +171,11 @@ __global__ void __launch_bounds__(kThreads) quantise_slots(const DeviceRows a) {
   const i64 index = at.row * octets + (real ? at.octet : 0);
   f32 x[8];
   gpu::load_octet(a.values, format::Dtype::f32, index, x);
-  const i32 expert = a.slots.ids[a.slots.slot_pick[at.row]] - a.problem.first_expert;
-  const Quantised q = quantise_octet(x, a.globals[expert]);
-  if (real) store({a.codes, a.scales, a.rows}, index, q);
-}
-
-__global__ void __launch_bounds__(kThreads) dequantise_slots(const DeviceRows a) {
-  gpu::begin();
-  const Place at = place(a.columns);
-  const i64 octets = a.columns / 8;
-  if (!in_use(a, at.row) || at.octet >= octets) return;
-  const i64 index = at.row * octets + at.octet;
-  const u32 codes = reinterpret_cast<const u32*>(a.codes)[index];
-  reinterpret_cast<uint4*>(a.rows)[index] = decode_octet(codes, a.scales[index / 2]);
-}
-
-Status launch_rows(const char* name, void (*kernel)(DeviceRows), const DeviceRows& args, void* stream) {
-  const i64 slots = i64{args.tokens} * args.problem.top_k;
-  return gpu::launch(name, kernel, {blocks(slots, args.columns), kThreads}, args, stream);
+  const f32 global = a.globals[a.slots.ids[a.slots.slot_pick[at.row]] - a.problem.first_expert];
+  const u32 largest = largest_of(x);
+  const u8 scale = block_scale(largest, global);
+  const Quantised q = quantise_octet<kCodes>(x, largest, step_of(scale, global));
+  if (real) To{a.codes, a.scales, a.rows}.store<kCodes>(index, q, scale);
 }
 
 }  // namespace
@@ -191,7 +190,8 @@ Status launch_gather(const DeviceTokens& args, void* stream) {
 Status launch_quantise(const DeviceTokens& args, void* stream) {
   if (args.tokens == 0) return {};
   if (Status status = gpu::check_rows("hidden_states", args.hidden); !status.ok()) return status;
-  return gpu::launch("quantise", quantise_tokens, {blocks(args.tokens, args.problem.hidden), kThreads}, args, stream);
+  const auto kernel = args.slots.codes != nullptr ? quantise_tokens<true> : quantise_tokens<false>;
+  return gpu::launch("quantise", kernel, {blocks(args.tokens, args.problem.hidden), kThreads}, args, stream);
 }
 
 Status launch_decode(const DeviceTokens& args, void* stream) {
@@ -201,11 +201,9 @@ Status launch_decode(const DeviceTokens& args, void* stream) {
 }
 
 Status launch_quantise_rows(const DeviceRows& args, void* stream) {
-  return launch_rows("quantise_rows", quantise_slots, args, stream);
-}
-
-Status launch_dequantise_rows(const DeviceRows& args, void* stream) {
-  return launch_rows("dequantise_rows", dequantise_slots, args, stream);
+  const i64 slots = i64{args.tokens} * args.problem.top_k;
+  const auto kernel = args.codes != nullptr ? quantise_slots<true> : quantise_slots<false>;
+  return gpu::launch("quantise_rows", kernel, {blocks(slots, args.columns), kThreads}, args, stream);
 }
 
 }  // namespace fourmoe::route

@@ -6,6 +6,7 @@
 #include "args.h"
 #include "combine/device.h"
 #include "format/quantise.h"
+#include "route/quantise.cuh"
 #include "routed.h"
 
 namespace fourmoe::combine {
@@ -223,9 +224,8 @@ void check_quantised(const Quantised& got, i64 used, i64 cols, const Want& want)
     ASSERT_EQ(0, std::memcmp(scales.data() + slot * cols / 16, row_scales.data(), cols / 16)) << "slot " << slot;
     for (i64 i = 0; i < cols; ++i) {
       const f32 value = format::from_bf16(rows[slot * cols + i]);
-      ASSERT_TRUE(std::bit_cast<u32>(value) == std::bit_cast<u32>(decoded[i]) ||
-                  (std::isnan(value) && std::isnan(decoded[i])))
-          << value << " " << decoded[i];
+      ASSERT_TRUE(value == decoded[i] || (std::isnan(value) && std::isnan(decoded[i]))) << value << " " << decoded[i];
+      ASSERT_FALSE(value == 0.0f && std::signbit(value)) << "slot " << slot << " column " << i;
     }
   }
 }
@@ -240,8 +240,13 @@ TEST(DeviceRows, QuantisedTokens) {
         const Device<f32> scales(s.input_scales);
         const Quantised got(s.most(), size.hidden);
         route::DeviceTokens args{s.problem, size.tokens, hidden.view, s.device.args.out, scales.get(), got.rows.get()};
+        const Device<u16> rows_alone(s.most() * size.hidden);
+        args.rows = rows_alone.get();
+        ASSERT_TRUE(route::launch_quantise(args, nullptr).ok());
+        args.rows = got.rows.get();
         args.slots.codes = got.codes.get(), args.slots.scales = got.scales.get();
         ASSERT_TRUE(route::launch_quantise(args, nullptr).ok());
+        EXPECT_EQ(rows_alone.read(), got.rows.read());
         check_quantised(got, s.used(), size.hidden, [&](i64 slot, f32* x) {
           const i32 pick = s.host.slot_pick[slot];
           const f32 weight = weighted ? s.host.weights[pick] : 1.0f;
@@ -364,10 +369,10 @@ TEST(DeviceRows, QuantisedIntermediate) {
     };
     ASSERT_TRUE(route::launch_quantise_rows(args, nullptr).ok());
     check_quantised(got, s.used(), size.hidden, want);
-    Device<u16> decoded(s.most() * size.hidden);
-    args.rows = decoded.get();
-    ASSERT_TRUE(route::launch_dequantise_rows(args, nullptr).ok());
-    EXPECT_EQ(decoded.read(), got.rows.read());
+    const Device<u16> rows_alone(s.most() * size.hidden);
+    args.codes = args.scales = nullptr, args.rows = rows_alone.get();
+    ASSERT_TRUE(route::launch_quantise_rows(args, nullptr).ok());
+    EXPECT_EQ(rows_alone.read(), got.rows.read());
   }
 }
 
@@ -408,6 +413,32 @@ TEST(DeviceRows, QuantisedTies) {
     std::copy_n(x.data() + slot * cols, cols, row);
     return s.input_scales[s.host.ids[s.host.slot_pick[slot]] - s.problem.first_expert];
   });
+}
+
+// A thread a step: numbers at each tie of E2M1 and three ulps around it, which a quotient not rounded correctly there
+// would take elsewhere.
+__global__ void count_wrong_ties(u32* wrong) {
+  const u32 mantissa = blockIdx.x * blockDim.x + threadIdx.x;
+  const f32 step = __uint_as_float(0x3f800000u | mantissa);
+  const route::Step s{step, 1.0f, 1.0f / step};
+  const f32 ties[] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
+  u32 found = 0;
+  for (const f32 tie : ties) {
+    for (int away = -3; away <= 3; ++away) {
+      const f32 x = __uint_as_float(__float_as_uint(tie * step) + away);
+      const f32 want = gpu::from_e2m1(format::to_e2m1(x / step));
+      found += route::round_e2m1(route::divide(x, s)) != want;
+      found += route::round_e2m1(route::divide(-x, s)) != -want;
+    }
+  }
+  if (found > 0) atomicAdd(wrong, found);
+}
+
+TEST(DeviceRows, TiesOfEveryStep) {
+  FOURMOE_NEEDS_DEVICE();
+  const Device<u32> wrong(std::vector<u32>(1));
+  count_wrong_ties<<<(1 << 23) / 256, 256>>>(wrong.get());
+  EXPECT_EQ(wrong.read()[0], 0u);
 }
 
 // Host and device sums, all bits; the device's token 0 is refused when `refused`.

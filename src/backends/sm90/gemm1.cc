@@ -8,28 +8,10 @@
 namespace fourmoe::sm90 {
 namespace {
 
-// w4a4: activations before they are quantised, and their codes, of which the rows for gemm2 are the values.
-struct Scratch {
-  f32* wide = nullptr;   // [slots, inter]
-  u8* codes = nullptr;   // [slots, inter/2]
-  u8* scales = nullptr;  // [slots, inter/16]
-};
-
-// Functions that only a build with CUDA uses are marked; all builds compile them.
-
-i64 carve(const Problem& problem, std::byte* memory, Scratch* scratch) {
-  if (problem.precision != Precision::w4a4) return 0;
-  const i64 values = i64{problem.max_tokens} * problem.top_k * problem.inter;
-  Carver carver(memory);
-  scratch->wide = carver.take<f32>(values);
-  scratch->codes = carver.take<u8>(values / 2);
-  scratch->scales = carver.take<u8>(values / format::kNvfp4Block);
-  return carver.used();
-}
-
+// w4a4: activations before they are quantised, [slots, inter] f32.
 i64 bytes(const Problem& problem, const Machine&) {
-  Scratch unused;
-  return carve(problem, nullptr, &unused);
+  const i64 values = i64{problem.max_tokens} * problem.top_k * problem.inter;
+  return problem.precision == Precision::w4a4 ? values * static_cast<i64>(sizeof(f32)) : 0;
 }
 
 Load load_of(const Problem& problem, i64 tokens) {
@@ -41,7 +23,9 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
   return variants(load_of(problem, tokens), form_of(problem), device_of(machine)->sms);
 }
 
-[[maybe_unused]] Gemm1 bind(const Args& args, const Scratch& scratch, i32 variant) {
+// Functions that only a build with CUDA uses are marked; all builds compile them.
+
+[[maybe_unused]] Gemm1 bind(const Args& args, f32* wide, i32 variant) {
   const Problem& problem = *args.problem;
   const weights::DeviceTable& table = *args.weights.device;
   Gemm1 call;
@@ -51,8 +35,8 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
   call.up_bias = table.up_bias;
   call.expert_begin = args.slots.expert_begin;
   call.rows = args.slots.rows;
-  call.y = scratch.wide == nullptr ? args.inter.rows : nullptr;
-  call.y_wide = scratch.wide;
+  call.y = wide == nullptr ? args.inter.rows : nullptr;
+  call.y_wide = wide;
   call.form = form_of(problem);
   call.powers = problem.encoding == format::Encoding::mxfp4;
   call.experts = problem.local_experts;
@@ -66,16 +50,14 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
   return call;
 }
 
-[[maybe_unused]] Status quantise(const Args& args, const Scratch& scratch) {
+[[maybe_unused]] Status quantise(const Args& args, const f32* wide) {
   route::DeviceRows rows;
   rows.problem = *args.problem;
   rows.tokens = args.tokens;
   rows.columns = args.problem->inter;
-  rows.values = scratch.wide;
+  rows.values = wide;
   rows.slots = args.slots;
   rows.globals = args.weights.device->inter_scale;
-  rows.codes = scratch.codes;
-  rows.scales = scratch.scales;
   rows.rows = args.inter.rows;
   return route::launch_quantise_rows(rows, args.stream);
 }
@@ -84,10 +66,10 @@ Status run(const Bound& bound) {
   if constexpr (!gpu::kBuilt) return gpu::not_built();
   else {
     const Args& args = *bound.args;
-    Scratch scratch;
-    carve(*args.problem, bound.scratch, &scratch);
-    Status status = launch(bind(args, scratch, bound.variant), device_of(*args.machine)->sms, args.stream);
-    return status.ok() && scratch.wide != nullptr ? quantise(args, scratch) : status;
+    const bool quantises = args.problem->precision == Precision::w4a4;
+    f32* wide = quantises ? reinterpret_cast<f32*>(bound.scratch) : nullptr;
+    Status status = launch(bind(args, wide, bound.variant), device_of(*args.machine)->sms, args.stream);
+    return status.ok() && quantises ? quantise(args, wide) : status;
   }
 }
 
