@@ -103,6 +103,7 @@ template <class T, class Job>
 __device__ void load_weights(Block<T, typename Job::Memory>& shared, const Job& job) {
   static_assert(T::kRowTiles <= 32);
   const int lane = threadIdx.x % 32;
+  const u64 policy = gpu::isa::evict_first();  // of the one launch, whose numbers are to stay in the L2
   gpu::Reader<T::kFeed> reader(shared.feed);
   gpu::Cursor<T::kStages> cursor;
   for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
@@ -117,7 +118,10 @@ __device__ void load_weights(Block<T, typename Job::Memory>& shared, const Job& 
       gpu::wait(&shared.ring.empty[cursor.stage], cursor.lap ^ 1);
       if (lane == 0) gpu::isa::barrier_expect(full, rows * bytes);
       __syncwarp();
-      if (lane < rows) gpu::isa::bulk_load(shared.stages[cursor.stage].weights[lane], from, bytes, full);
+      if (lane >= rows) continue;
+      auto* to = shared.stages[cursor.stage].weights[lane];
+      if constexpr (T::kHanded > 0) gpu::isa::bulk_load(to, from, bytes, full, policy);
+      else gpu::isa::bulk_load(to, from, bytes, full);
     }
   }
 }

@@ -55,6 +55,21 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, u32 
                : "memory");
 }
 
+// A policy for copies: what they bring leaves the L2 before all else.
+__device__ __forceinline__ u64 evict_first() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
 // Copies a box of a 2-D tensor map, columns from `column` and rows from `row`, to shared memory; what lies outside the
 // tensor arrives as zeros. Completes on the barrier. With more than one bit in `blocks` the box goes to the same place
 // in each of these blocks of the cluster and completes on each one's barrier.
