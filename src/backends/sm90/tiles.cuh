@@ -229,12 +229,12 @@ __device__ __forceinline__ void release(Shared<T>& shared, int stage) {
   if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.ring.empty[stage]);
 }
 
-// A warpgroup: sums of its row tiles over its K steps, two in each stage. While one unit's products are at work the
-// next one's weights are unpacked into the other set of operands.
+// A warpgroup: sums of its row tiles over its K steps, T::kSteps of each stage. While one unit's products are at work
+// the next one's weights are unpacked into the other set of operands.
 template <class T, int kSlots>
 __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStages>* cursor, const Operands& operands,
                                          f32 (&d)[T::kRows][kSlots / 2]) {
-  constexpr int kUnits = 2 * T::kRows;
+  constexpr int kUnits = T::kSteps * T::kRows, kFewest = 2 * T::kRows;  // of a stage
   const int steps = operands.steps;
   const int first_step = T::kSplit ? 2 * gpu::isa::uniform(threadIdx.x / 128) : 0;
   const View<T> first(shared);
@@ -254,6 +254,7 @@ __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStag
       multiply_unit<T, kSlots>(view, unit, a[unit % 2], step > first_step || unit >= T::kRows, d[unit % T::kRows]);
       gpu::isa::wgmma_wait<1>();
       if (unit == 0 && before >= 0) release(shared, before);
+      if (unit + 1 == kFewest && kFewest < kUnits && step + 2 == steps) break;
       if (unit + 1 < kUnits) {
         unpack_unit(view, operands, unit + 1, a[(unit + 1) % 2]);
       } else if (step + T::kDepth < steps) {

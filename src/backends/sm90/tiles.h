@@ -71,18 +71,19 @@ struct TileShape {
   i32 feed = 4;  // tiles known ahead, see gpu/schedule.cuh
   Form form = {};
   i32 handed = 0;  // tiles whose sums may wait for an epilogue in a warpgroup of its own; 0: it is the consumers' own
+  i32 depth = 2;   // K steps that a consumer takes from a stage: 2, or 4, of which a last stage may hold two
 };
 
 // Of the kernels' speed, see Step::revision: raise it when tiles or roles change.
-inline constexpr i32 kRevision = 8;
+inline constexpr i32 kRevision = 9;
 
 // The shapes that are built; choose() and the benchmark name them by index.
 inline constexpr TileShape kTileShapes[] = {
     {4, 1, 7, true, {8}},
-    {4, 1, 8, false, {24, 16, 8}},
+    {4, 1, 4, false, {24, 16, 8}, 4, {}, 0, 4},
     {4, 2, 5, false, {24, 16, 8}},
     {4, 2, 4, false, {48, 40, 32, 24, 16, 8}},
-    {4, 1, 6, false, {64, 56, 48, 40, 32, 16}},
+    {4, 1, 3, false, {64, 56, 48, 40, 32, 16}, 4, {}, 0, 4},
     {3, 2, 4, false, {88, 80, 72, 64, 56, 48}},
     {2, 2, 4, false, {144, 128, 112, 96, 80, 64}},
     {2, 1, 3, false, {256, 224, 192, 176, 160, 144, 128, 64}},
@@ -91,7 +92,7 @@ inline constexpr TileShape kTileShapes[] = {
     {2, 1, 3, false, {64, 48, 32, 24, 16, 8}, 4, {true, 2}},
     // Of one launch for the layer (whole.h); its two widths are the two GEMMs.
     {4, 1, 7, true, {8, 8}, 3, {}, 3},
-    {4, 1, 8, false, {8, 8}, 2, {}, 3},
+    {4, 1, 4, false, {8, 8}, 2, {}, 3, 4},
     {4, 2, 4, false, {8, 8}, 2, {}, 2},
     {4, 1, 7, true, {8, 8}, 2, {}, 3},
     {4, 1, 7, false, {8, 8}, 2, {false, 2}, 3},
@@ -135,8 +136,8 @@ int choose_whole(const LayerLoad& load, i32 multiprocessors);
 // The first of shapes [first, end) for a form that is not the usual one, by default of those for one GEMM; -1 for none.
 int choose(const Form& form, int first = 0, int end = kTileShapeCount);
 
-// groups x rows x stages, "s" where K is split, and the sizes: "4x1x8:24,16,8". Then what differs from the usual feed
-// and form: "+f2", "+dense", "+p2".
+// groups x rows x stages, "s" where K is split, and the sizes: "4x1x4:24,16,8+d4". Then what differs from the usual
+// feed and form: "+f2", "+dense", "+p2".
 std::string name_of(const TileShape& shape);
 
 // Shapes for one GEMM, or for a layer in one launch, that fit the load: the one that the rule takes first.
@@ -164,7 +165,9 @@ struct Tiles {
   static constexpr int kWidths =
       static_cast<int>(std::find(std::begin(kShape.sizes), std::end(kShape.sizes), 0) - std::begin(kShape.sizes));
   static constexpr int kRowTiles = kSplit ? kRows : kGroups * kRows;  // of a block
-  static constexpr int kDepth = kSplit ? 2 * kGroups : 2;             // K steps of a stage
+  static constexpr int kSteps = kShape.depth;                         // of K, that a consumer takes from a stage
+  static constexpr int kDepth = kSplit ? kSteps * kGroups : kSteps;   // of a stage
+  static_assert(kSteps == 2 || (kSteps == 4 && !kSplit));
   static constexpr int kThreads = (kGroups + 1 + (kHanded > 0)) * 128;
   // An even share of the 65536 registers would be too few for the consumers and too many for the loader. What one gives
   // up is all that the others can take: setmaxnreg waits for ever for registers that the launch did not allot.
