@@ -5,7 +5,7 @@
 
 ptxas keeps what such a loop counts in registers of each lane when it takes a warp for divided, and then moves it to the
 uniform registers before every product (R2UR): up to half again as many instructions, without a warning
-(docs/hopper.md). Prints the loops that do, or how many were looked at. Needs cuobjdump, CUOBJDUMP in the environment
+(docs/hopper-lab.md). Prints the loops that do, or how many were looked at. Needs cuobjdump, CUOBJDUMP in the environment
 names another.
 """
 import os

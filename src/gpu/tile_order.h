@@ -3,7 +3,7 @@
 // A tile is a block of weight rows of one expert by up to N of its slots. A kernel multiplies by several N (widths).
 // An expert's slots are cut into no more tiles than the widest N asks for: full tiles of the narrowest N of which so
 // many hold the slots, then the rest, which takes the narrowest N that holds it. So 260 slots are not 256 and 4 but two
-// halves: unpacking makes a tile of few slots nearly as dear as one of a hundred (docs/hopper.md).
+// halves: unpacking makes a tile of few slots nearly as dear as one of a hundred (docs/hopper-lab.md).
 // Tiles are counted width by width, widest first, expert by expert, row block by row block, slot tile by slot tile
 // (neighbours share weights).
 #pragma once

@@ -98,7 +98,7 @@ struct Picker {
 
   // The consumers: picks of every token, and of them the list of hits. Every block finds the same, so none waits for
   // another. Look at the multiplying loop after a change here (tests/sass_loops.py): a barrier awaited by one lane
-  // alone, or a branch by threadIdx around it all, makes it half again as long (docs/hopper.md).
+  // alone, or a branch by threadIdx around it all, makes it half again as long (docs/hopper-lab.md).
   __device__ __forceinline__ void find_hits(S& shared) const {
     const int warp = gpu::isa::uniform(threadIdx.x / 32), warps = 1 << team_shift, index = warp >> team_shift;
     const auto sync = [] { gpu::isa::sync_some(2, 32 * kPickers); };
