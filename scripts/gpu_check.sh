@@ -29,6 +29,7 @@ few+=':*EveryType*:*LogitsAre*:*Ties*:QuantisedTokens.*:*ComeQuantised*'
 few+=':PackingSmall.*:PackingRefusal.*:DeviceWeights.*Freed:DeviceWeights.Stacks*:DeviceWeights.Copies*'
 # racecheck sees shared memory alone: the GEMMs, picks and slots (few, many, given), logits.
 shared='*Gemms.Small*:DeviceRoute.SmallCalls:DeviceRoute.*OfEveryType:DeviceRows.LogitsAre*'
+timed='*Replays.*:*EveryWait.*'  # tests
 check_with() {
   local tool=$1 filter=$few
   [ "$tool" = racecheck ] && filter=$shared
@@ -47,13 +48,13 @@ check_package() {
 run_checks() {
   echo "== tests"
   # Alone, for launches give up waits after a time that other processes' turns on the GPU would take.
-  check replays "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 --gtest_filter='*Replays*'
+  check waits "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 --gtest_filter="$timed"
   check api "$build/tests/fourmoe_gpu_api_tests" --gtest_brief=1
   # All at the same time, since each mostly waits for the host.
   export PYTHONPATH=$build/python FOURMOE_BUILD=$build FOURMOE_SOURCE=$PWD FOURMOE_COMMAND=$build/fourmoe
   local -A checks
   local tool name lines
-  "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 --gtest_filter='-*Replays*' > "$logs/tests" 2>&1 & checks[tests]=$!
+  "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 --gtest_filter="-$timed" > "$logs/tests" 2>&1 & checks[tests]=$!
   for tool in memcheck synccheck initcheck racecheck; do check_with "$tool" & checks[$tool]=$!; done
   if has_package; then check_package > "$logs/package" 2>&1 & checks[package]=$!; fi
   python3 tests/sass_loops.py "$build/fourmoe" > "$logs/loops" 2>&1 & checks[loops]=$!

@@ -60,9 +60,9 @@ struct DeviceTokens {
   format::Tensor hidden;              // [tokens, hidden] f32|f16|bf16; rows begin at multiples of 16 bytes
   Out slots;                          // of launch_slots; w4a4: codes and scales are written, or null
   const f32* input_scales = nullptr;  // [local_experts] weights::Expert::input_scale; w4a4
-  u16* rows =
-      nullptr;  // [slots, hidden] bf16, overwritten: w4a16 the rounded tokens, w4a4 E2M1 * E4M3; w4a4 with
-                // codes: may be null. w4a16 of f16: [2, max_tokens * top_k, hidden], two planes that sum to the tokens
+  // [slots, hidden] bf16, overwritten: w4a16 the rounded tokens, w4a4 E2M1 * E4M3; w4a4 with codes: may be null. w4a16
+  // of f16: [2, max_tokens * top_k, hidden], two planes that sum to the tokens.
+  u16* rows = nullptr;
 
   // launch_decode alone:
   format::Tensor hidden_scales;  // [tokens, hidden/16] u8 E4M3, any alignment; hidden is then [tokens, hidden/2] u8
@@ -73,8 +73,8 @@ struct DeviceTokens {
 // weighs the input.
 Status launch_gather(const DeviceTokens& args, void* stream);
 
-// w4a4: each slot's token in NVFP4, on request as codes and scales, bit for bit route::quantise, or decoded to bf16
-// (exact; zeros are positive).
+// w4a4: each slot's token in NVFP4: as bf16 (exact; zeros are positive), and where they are given as codes and scales,
+// bit for bit route::quantise, which no step reads yet: tests compare them with the host's.
 Status launch_quantise(const DeviceTokens& args, void* stream);
 
 // w4a4 of tokens that come quantised: their codes and scales decoded to rows of bf16 (exact). A token with a scale that

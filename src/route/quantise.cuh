@@ -73,7 +73,8 @@ __device__ __forceinline__ Step step_of(u8 scale_byte, f32 global) {
 
 // E2M1 * E4M3 of a value: what quantise_octet makes of it, in fewer instructions that take longer.
 __device__ __forceinline__ f32 requantise(f32 x, f32 step, f32 scale) {
-  return round_e2m1(fminf(fmaxf(x / step, -6.0f), 6.0f)) * scale;  // of a NaN the scale is one
+  const f32 quotient = x / step;  // 0 / 0 and inf / inf are code 0; a NaN in the block shows by its scale
+  return round_e2m1(isnan(quotient) ? 0.0f : fminf(fmaxf(quotient, -6.0f), 6.0f)) * scale;
 }
 
 // The magnitude, as magnitude_of, of the block's largest value. All lanes call it.

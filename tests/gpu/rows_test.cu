@@ -441,6 +441,41 @@ TEST(DeviceRows, TiesOfEveryStep) {
   EXPECT_EQ(wrong.read()[0], 0u);
 }
 
+// A thread a row of (value, largest of its block, global): the value by requantise, and by the reference's steps.
+__global__ void requantise_both(const f32 (*rows)[3], int count, f32 (*found)[2]) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const auto [x, largest, global] = rows[i];
+  const f32 scale = format::from_e4m3(route::block_scale(route::magnitude_of(largest), global)), step = scale * global;
+  found[i][0] = route::requantise(x, step, scale);
+  found[i][1] = gpu::from_e2m1(format::to_e2m1(x / step)) * scale;
+}
+
+// Steps that are 0 or infinite among them, whose quotients of 0 and of infinity are NaN.
+TEST(DeviceRows, RequantisedLikeTheReference) {
+  FOURMOE_NEEDS_DEVICE();
+  std::vector<std::array<f32, 3>> rows;
+  for (const f32 global : {0x1p-149f, 0x1p-145f, 0x1p-100f, 0.01f, 1.0f, 0x1p100f, 0x1p120f, 0x1p127f}) {
+    for (const f32 largest : {0.0f, 0x1p-149f, 1e-30f, 0.7f, 448.0f, 1e30f, INFINITY, NAN}) {
+      for (const f32 part : {0.0f, 1e-8f, 0.04f, 0.125f, 0.3f, 0.7f, 1.0f}) {
+        for (const f32 sign : {1.0f, -1.0f}) rows.push_back({sign * part * largest, largest, global});
+      }
+      rows.push_back({0.0f, largest, global});
+    }
+  }
+  const int count = static_cast<int>(rows.size());
+  const Device<std::array<f32, 3>> given(rows);
+  const Device<std::array<f32, 2>> found(count);
+  requantise_both<<<(count + 255) / 256, 256>>>(reinterpret_cast<const f32(*)[3]>(given.get()), count,
+                                                reinterpret_cast<f32(*)[2]>(found.get()));
+  const auto values = found.read();
+  for (int i = 0; i < count; ++i) {
+    const auto& [got, want] = values[i];
+    EXPECT_TRUE(got == want || (std::isnan(got) && std::isnan(want)))
+        << got << " for " << want << ", " << rows[i][0] << " of " << rows[i][1] << ", global " << rows[i][2];
+  }
+}
+
 // Host and device sums, all bits; the device's token 0 is refused when `refused`.
 void check_combine(const Size& size, Dtype type, bool with_addend, bool weighted, bool refused) {
   Slots s(size.hidden, size.tokens, weighted ? 1 : size.top_k, weighted);

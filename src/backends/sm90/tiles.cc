@@ -119,11 +119,11 @@ int choose(const Load& load, i32 multiprocessors) {
 }
 
 // Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave. A block that gets three tiles
-// must not take three ahead. Fitted likewise.
+// must not take three ahead; where there are many, those of 512 rows take fewer instructions. Fitted likewise.
 int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   if (!(load.form == Form{})) return choose(load.form, kWholeTile, kAllTileShapes);
   const f64 hits = expected_hits(load.experts, load.slots);
-  const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]) / multiprocessors;
+  const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]) / multiprocessors;  // of 64 rows, for each of them
   if (load.split && tiles < 16.5) return tiles < 3.2 && !load.by_pick ? kWholeFewTile : kWholeTile;
   return tiles < 66 ? kWholeTile + 1 : kWholeTile + 2;
 }

@@ -28,7 +28,9 @@ inline constexpr int kTileBytes = 2304;  // 64 * 64 * 0.5625
 inline constexpr int kDenseTileBytes = kTileRows * kTileColumns * 2;
 
 constexpr int row_tiles(int rows) { return (rows + kTileRows - 1) / kTileRows; }
-constexpr int k_steps(int columns) { return (columns + 127) / 128 * 2; }  // even: a stage holds two
+constexpr int k_steps(int columns) {
+  return (columns + 127) / 128 * 2;
+}  // even: a stage holds two or four, the last perhaps two
 constexpr int tile_bytes(format::Encoding encoding) { return format::is_fp4(encoding) ? kTileBytes : kDenseTileBytes; }
 constexpr i64 blob_bytes(int rows, int columns, format::Encoding encoding = format::Encoding::nvfp4) {
   return i64{row_tiles(rows)} * k_steps(columns) * tile_bytes(encoding);
@@ -136,8 +138,8 @@ int choose_whole(const LayerLoad& load, i32 multiprocessors);
 // The first of shapes [first, end) for a form that is not the usual one, by default of those for one GEMM; -1 for none.
 int choose(const Form& form, int first = 0, int end = kTileShapeCount);
 
-// groups x rows x stages, "s" where K is split, and the sizes: "4x1x4:24,16,8+d4". Then what differs from the usual
-// feed and form: "+f2", "+dense", "+p2".
+// groups x rows x stages, "s" where K is split, and the sizes: "4x2x5:24,16,8". Then what differs from the usual feed,
+// tiles handed on, depth and form: "+f2", "+h3", "+d4", "+dense", "+p2".
 std::string name_of(const TileShape& shape);
 
 // Shapes for one GEMM, or for a layer in one launch, that fit the load: the one that the rule takes first.

@@ -62,6 +62,7 @@ __device__ __forceinline__ u64 evict_first() {
   return policy;
 }
 
+// Likewise, under a policy.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
