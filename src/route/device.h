@@ -58,10 +58,10 @@ struct DeviceTokens {
   Problem problem;
   i32 tokens = 0;
   format::Tensor hidden;              // [tokens, hidden] f32|f16|bf16; rows begin at multiples of 16 bytes
-  Out slots;                          // of launch_slots; w4a4: codes and scales are written, or null
+  Out slots;                          // of launch_slots; codes and scales unused
   const f32* input_scales = nullptr;  // [local_experts] weights::Expert::input_scale; w4a4
-  // [slots, hidden] bf16, overwritten: w4a16 the rounded tokens, w4a4 E2M1 * E4M3; w4a4 with codes: may be null. w4a16
-  // of f16: [2, max_tokens * top_k, hidden], two planes that sum to the tokens.
+  // [slots, hidden] bf16, overwritten: w4a16 the rounded tokens, w4a4 E2M1 * E4M3. w4a16 of f16: [2, max_tokens *
+  // top_k, hidden], two planes that sum to the tokens.
   u16* rows = nullptr;
 
   // launch_decode alone:
@@ -73,8 +73,8 @@ struct DeviceTokens {
 // weighs the input.
 Status launch_gather(const DeviceTokens& args, void* stream);
 
-// w4a4: each slot's token in NVFP4: as bf16 (exact; zeros are positive), and where they are given as codes and scales,
-// bit for bit route::quantise, which no step reads yet: tests compare them with the host's.
+// w4a4: the numbers of each slot's token in NVFP4, those of route::quantise's codes and scales (exact in bf16; zeros
+// are positive), times the routing weight before where that weighs the input; top_k is 1 then (flow.h).
 Status launch_quantise(const DeviceTokens& args, void* stream);
 
 // w4a4 of tokens that come quantised: their codes and scales decoded to rows of bf16 (exact). A token with a scale that
@@ -89,9 +89,7 @@ struct DeviceRows {
   const f32* values = nullptr;   // [slots, columns] f32
   Out slots;                     // of launch_slots; codes and scales unused
   const f32* globals = nullptr;  // [local_experts] weights::Expert::inter_scale
-  u8* codes = nullptr;   // [slots, columns/2] E2M1 pairs, low nibble first, overwritten; null with scales: not wanted
-  u8* scales = nullptr;  // [slots, columns/16] E4M3, overwritten
-  u16* rows = nullptr;   // [slots, columns] bf16 E2M1 * E4M3, zeros positive, overwritten; with codes: may be null
+  u16* rows = nullptr;           // [slots, columns] bf16 E2M1 * E4M3, zeros positive, overwritten
 };
 
 Status launch_quantise_rows(const DeviceRows& args, void* stream);

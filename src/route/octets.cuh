@@ -76,8 +76,8 @@ struct PickRows {
     } else {
       const u32 largest = largest_of(x);
       const f32 global = input_scales[expert];
-      const Quantised q = quantise_octet<false>(x, largest, step_of(block_scale(largest, global), global));
-      if (real) *to = q.bf16;
+      const uint4 quantised = quantise_octet(x, largest, step_of(block_scale(largest, global), global));
+      if (real) *to = quantised;
     }
   }
 };

@@ -1,4 +1,5 @@
-// quantise: values to NVFP4 in one thread, bit for bit format::quantise_row: eight without a division for each, or one.
+// quantise: values to the numbers of NVFP4, those of format::quantise_row's codes and scales, in one thread: eight
+// without a division for each, or one.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -7,11 +8,6 @@
 #include "gpu/values.cuh"
 
 namespace fourmoe::route {
-
-struct Quantised {
-  u32 codes;   // E2M1, the first value in the low nibble
-  uint4 bf16;  // E2M1 * E4M3
-};
 
 // What the values of a block are divided by.
 struct Step {
@@ -46,15 +42,6 @@ __device__ __forceinline__ f32 round_e2m1(f32 quotient) {
   return fmaf(power, -0x1.8p22f, fmaf(power, 0x1.8p22f, quotient));
 }
 
-// The code of x whose E2M1 is `value`: the sign is that of the quotient, and of a quotient that rounds to no number at
-// all it is positive.
-__device__ __forceinline__ u32 code_of(f32 x, f32 value, f32 step) {
-  const u32 bits = __float_as_uint(value) & 0x7fffffffu;
-  const u32 code = bits >= 0x3f800000u ? (bits >> 22) - 0xfcu : bits != 0;  // 1 is code 2
-  const bool negative = x < -__fmul_rd(__fmul_rd(step, 0x1p-75f), 0x1p-75f);
-  return negative ? code | 8u : code;
-}
-
 // The bits of a magnitude: ordered like magnitudes, and a NaN's are the largest.
 __device__ __forceinline__ u32 magnitude_of(f32 x) { return __float_as_uint(x) & 0x7fffffffu; }
 
@@ -85,41 +72,28 @@ __device__ __forceinline__ u32 largest_of(const f32 (&x)[8]) {
   return max(bits, __shfl_xor_sync(0xffffffffu, bits, 1));
 }
 
-template <bool kCodes>
-__device__ __forceinline__ Quantised quantise_ordinary(const f32 (&x)[8], const Step& s) {
-  Quantised out;
+__device__ __forceinline__ uint4 quantise_ordinary(const f32 (&x)[8], const Step& s) {
   const u32 factor = upper_halves(s.scale, s.scale);
   u32 pairs[4];
-  out.codes = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const f32 low = round_e2m1(divide(x[2 * i], s)), high = round_e2m1(divide(x[2 * i + 1], s));
     pairs[i] = gpu::multiply_bf16(upper_halves(low, high), factor);
-    if (kCodes) out.codes |= (code_of(x[2 * i], low, s.step) | code_of(x[2 * i + 1], high, s.step) << 4) << 8 * i;
   }
-  out.bf16 = {pairs[0], pairs[1], pairs[2], pairs[3]};
-  return out;
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-__device__ __forceinline__ Quantised quantise_any(const f32 (&x)[8], const Step& s) {
-  Quantised out;
+__device__ __forceinline__ uint4 quantise_any(const f32 (&x)[8], const Step& s) {
   f32 value[8];
-  out.codes = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const u32 code = format::to_e2m1(x[i] / s.step);
-    value[i] = gpu::from_e2m1(code) * s.scale + 0.0f;
-    out.codes |= code << 4 * i;
-  }
-  out.bf16 = {upper_halves(value[0], value[1]), upper_halves(value[2], value[3]), upper_halves(value[4], value[5]),
-              upper_halves(value[6], value[7])};
-  return out;
+  for (int i = 0; i < 8; ++i) value[i] = gpu::from_e2m1(format::to_e2m1(x[i] / s.step)) * s.scale + 0.0f;
+  return {upper_halves(value[0], value[1]), upper_halves(value[2], value[3]), upper_halves(value[4], value[5]),
+          upper_halves(value[6], value[7])};
 }
 
-// By a block's step; kCodes: with codes. Numbers that are 0 are positive, whatever their codes' signs.
-template <bool kCodes>
-__device__ __forceinline__ Quantised quantise_octet(const f32 (&x)[8], u32 largest, const Step& s) {
-  if (is_ordinary(s.step, __uint_as_float(largest))) return quantise_ordinary<kCodes>(x, s);
+// E2M1 * E4M3 in bf16, by the step of a block whose largest value has this magnitude. Zeros are positive.
+__device__ __forceinline__ uint4 quantise_octet(const f32 (&x)[8], u32 largest, const Step& s) {
+  if (is_ordinary(s.step, __uint_as_float(largest))) return quantise_ordinary(x, s);
   return quantise_any(x, s);
 }
 

@@ -95,22 +95,6 @@ __global__ void __launch_bounds__(kThreads) gather_planes(const DeviceTokens a) 
   }
 }
 
-// An octet's codes, the scale of its block from the first of its threads, and decoded values, in rows [.., columns].
-struct To {
-  u8* codes;  // null with scales: none are wanted
-  u8* scales;
-  u16* rows;  // may be null
-
-  template <bool kCodes>
-  __device__ __forceinline__ void store(i64 index, const Quantised& q, u8 scale) const {
-    if (rows != nullptr) reinterpret_cast<uint4*>(rows)[index] = q.bf16;
-    if constexpr (kCodes) {
-      reinterpret_cast<u32*>(codes)[index] = q.codes;
-      if (index % 2 == 0) scales[index / 2] = scale;
-    }
-  }
-};
-
 // Where a pick goes and how its token is scaled.
 struct Target {
   i32 slot = -1;  // negative for nowhere
@@ -123,14 +107,12 @@ __device__ __forceinline__ Target target_of(const DeviceTokens& a, i64 pick) {
 }
 
 // Two picks at a time: of the two threads that share a block each makes the step of one.
-template <bool kCodes>
 __global__ void __launch_bounds__(kThreads) quantise_tokens(const DeviceTokens a) {
   gpu::begin();
   const Problem& problem = a.problem;
   const Place at = place(problem.hidden);
   const i64 octets = problem.hidden / 8, pick = at.row * problem.top_k;
   const bool real = at.octet < octets;
-  const To to{a.slots.codes, a.slots.scales, a.rows};
   f32 x[8];
   gpu::load_octet(a.hidden.row(at.row), a.hidden.dtype, real ? at.octet : 0, x);
   const i32 lane = static_cast<i32>(threadIdx.x % 32);
@@ -142,17 +124,15 @@ __global__ void __launch_bounds__(kThreads) quantise_tokens(const DeviceTokens a
   const u32 largest = largest_of(x);
   for (i32 first = 0; first < problem.top_k; first += 2) {
     const f32 global = __shfl_sync(kAll, mine.global, first + lane % 2);
-    const u8 own_scale = block_scale(largest, global);
-    const Step own = step_of(own_scale, global);
+    const Step own = step_of(block_scale(largest, global), global);
 #pragma unroll
     for (i32 i = 0; i < 2; ++i) {
       const i32 slot = __shfl_sync(kAll, mine.slot, first + i);
       const Step step{__shfl_sync(kAll, own.step, i, 2), __shfl_sync(kAll, own.scale, i, 2),
                       __shfl_sync(kAll, own.inverse, i, 2)};
-      const u32 scale = kCodes ? __shfl_sync(kAll, u32{own_scale}, i, 2) : 0;
       if (slot < 0) continue;
-      const Quantised q = quantise_octet<kCodes>(x, largest, step);
-      if (real) to.store<kCodes>(slot * octets + at.octet, q, static_cast<u8>(scale));
+      const uint4 quantised = quantise_octet(x, largest, step);
+      if (real) reinterpret_cast<uint4*>(a.rows)[slot * octets + at.octet] = quantised;
     }
   }
 }
@@ -161,7 +141,6 @@ __device__ __forceinline__ bool in_use(const DeviceRows& a, i64 slot) {
   return slot < a.slots.expert_begin[a.problem.local_experts];
 }
 
-template <bool kCodes>
 __global__ void __launch_bounds__(kThreads) quantise_slots(const DeviceRows a) {
   gpu::begin();
   const Place at = place(a.columns);
@@ -173,9 +152,8 @@ __global__ void __launch_bounds__(kThreads) quantise_slots(const DeviceRows a) {
   gpu::load_octet(a.values, format::Dtype::f32, index, x);
   const f32 global = a.globals[a.slots.ids[a.slots.slot_pick[at.row]] - a.problem.first_expert];
   const u32 largest = largest_of(x);
-  const u8 scale = block_scale(largest, global);
-  const Quantised q = quantise_octet<kCodes>(x, largest, step_of(scale, global));
-  if (real) To{a.codes, a.scales, a.rows}.store<kCodes>(index, q, scale);
+  const uint4 quantised = quantise_octet(x, largest, step_of(block_scale(largest, global), global));
+  if (real) reinterpret_cast<uint4*>(a.rows)[index] = quantised;
 }
 
 }  // namespace
@@ -190,8 +168,7 @@ Status launch_gather(const DeviceTokens& args, void* stream) {
 Status launch_quantise(const DeviceTokens& args, void* stream) {
   if (args.tokens == 0) return {};
   if (Status status = gpu::check_rows("hidden_states", args.hidden); !status.ok()) return status;
-  const auto kernel = args.slots.codes != nullptr ? quantise_tokens<true> : quantise_tokens<false>;
-  return gpu::launch("quantise", kernel, {blocks(args.tokens, args.problem.hidden), kThreads}, args, stream);
+  return gpu::launch("quantise", quantise_tokens, {blocks(args.tokens, args.problem.hidden), kThreads}, args, stream);
 }
 
 Status launch_decode(const DeviceTokens& args, void* stream) {
@@ -202,8 +179,7 @@ Status launch_decode(const DeviceTokens& args, void* stream) {
 
 Status launch_quantise_rows(const DeviceRows& args, void* stream) {
   const i64 slots = i64{args.tokens} * args.problem.top_k;
-  const auto kernel = args.codes != nullptr ? quantise_slots<true> : quantise_slots<false>;
-  return gpu::launch("quantise_rows", kernel, {blocks(slots, args.columns), kThreads}, args, stream);
+  return gpu::launch("quantise_rows", quantise_slots, {blocks(slots, args.columns), kThreads}, args, stream);
 }
 
 }  // namespace fourmoe::route
