@@ -1,5 +1,6 @@
 #include "backends/sm90/gemm2.cuh"
 #include "backends/sm90/gemm2.h"
+#include "backends/sm90/tiles_product.cuh"
 
 namespace fourmoe::sm90 {
 

@@ -1,4 +1,4 @@
-// Tiles of the Hopper room, the device part: slots times packed experts, the body of gemm1, gemm2 and whole. A
+// Tiles of the Hopper room, the device part: slots times packed experts, the roles of gemm1, gemm2 and whole. A
 // persistent block has a scheduling warp, two loading warps, warpgroups that unpack and multiply, and an epilogue: in
 // their registers, or (whole) in those of a warpgroup to which they hand their sums, with a warp that reports them.
 #pragma once
@@ -27,24 +27,6 @@ struct Operands {
   i32 steps;      // K steps, even
   i32 plane = 0;  // rows between the tokens' planes
   Products products = {};
-};
-
-// A row tile by slots as an epilogue sees it.
-struct Place {
-  int expert;
-  int row_tile;
-  int slot;   // the first
-  int slots;  // in use
-
-  __device__ bool uses(int column) const { return column < slots; }
-  __device__ int row(int column) const { return slot + column; }
-  template <class Bits>
-  __device__ static void put(Bits* at, Bits bits) {
-    *at = bits;
-  }
-  // What else becomes of features, with a gate or without.
-  template <class Sums>
-  __device__ static void settle(bool, const Sums&) {}
 };
 
 // Sums on their way from the consumers to a warpgroup that has the epilogue alone.
@@ -254,7 +236,7 @@ __device__ __forceinline__ void multiply(Shared<T>& shared, gpu::Cursor<T::kStag
       multiply_unit<T, kSlots>(view, unit, a[unit % 2], step > first_step || unit >= T::kRows, d[unit % T::kRows]);
       gpu::isa::wgmma_wait<1>();
       if (unit == 0 && before >= 0) release(shared, before);
-      if (unit + 1 == kFewest && kFewest < kUnits && step + 2 == steps) break;
+      if (unit + 1 == kFewest && kFewest < kUnits && step + 2 == steps) break;  // a last stage of two
       if (unit + 1 < kUnits) {
         unpack_unit(view, operands, unit + 1, a[(unit + 1) % 2]);
       } else if (step + T::kDepth < steps) {
@@ -406,94 +388,11 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
   }
 }
 
-// What a job of one GEMM keeps.
-struct Counts {
-  i32 expert_begin[gpu::kMaxExperts + 1];
-};
-
-// One GEMM over all slots: the job of gemm1 and gemm2.
-template <class T, class Epilogue>
-struct Product {
-  using Memory = Counts;
-  CUtensorMap maps[T::kWidths];
-  Operands weights;
-  const i32* expert_begin;  // [experts + 1] first slot of each expert; route's
-  Epilogue epilogue;
-  bool tokens_late;  // the launch before this one makes the tokens only: weights may be fetched while it runs
-
-  __device__ const Operands& operands(int) const { return weights; }
-  __device__ const CUtensorMap& tokens(const gpu::Tile& tile) const { return maps[tile.width]; }
-  __device__ static constexpr int boxes(const Block<T, Counts>&, const gpu::Tile&) { return 1; }
-  __device__ static constexpr int box_rows(const gpu::Tile& tile) { return T::size(tile.width); }
-  __device__ static int first_row(const Block<T, Counts>&, const gpu::Tile& tile, int) { return tile.slot; }
-  __device__ bool early() const { return tokens_late; }
-  __device__ void wait(Block<T, Counts>&, const gpu::Tile&) const {}
-  __device__ static constexpr bool brings(const gpu::Tile&) { return false; }
-  __device__ void bring(Block<T, Counts>&, const gpu::Tile&, gpu::Cursor<T::kStages>*) const {}
-  __device__ const std::byte* blob(const Block<T, Counts>&, const gpu::Tile& tile) const {
-    return weights.blobs[tile.expert];
-  }
-  __device__ void prepare(Block<T, Counts>& shared) const {
-    for (int e = threadIdx.x; e <= weights.experts; e += T::kThreads) shared.job.expert_begin[e] = expert_begin[e];
-  }
-  __device__ void schedule(Block<T, Counts>& shared) const {
-    gpu::Schedule<T>(shared.feed, shared.job.expert_begin, weights.experts, row_blocks<T>(weights)).run();
-  }
-  using Scales = typename Epilogue::Scales;
-  __device__ Scales scales(const gpu::Tile& tile) const { return epilogue.scales(tile.expert); }
-  template <int kWidth>
-  __device__ __forceinline__ void store(const gpu::Tile& tile, int row_tile, const Scales& scales,
-                                        f32 (&d)[T::size(kWidth) / 2]) const {
-    const Place place{tile.expert, row_tile, tile.slot, tile.slots};
-    epilogue.template store<T::size(kWidth)>(place, epilogue.lines(place, scales), d);
-  }
-};
-
 template <class T, class Job>
 constexpr int shared_bytes() {
   using Memory = Block<T, typename Job::Memory>;
   static_assert(sizeof(Memory) + 1024 <= 232448, "a Hopper block has at most 227 KiB");
   return sizeof(Memory) + 1024;  // the block's memory begins at a multiple of 16 only
-}
-
-// One GEMM of a call.
-template <class Epilogue>
-struct Gemm {
-  gpu::MappedRows rows;  // of all planes
-  Operands weights;
-  const i32* expert_begin;
-  Epilogue epilogue;
-  bool early_weights;
-  bool powers;  // scales are MXFP4's
-};
-
-template <class T, class Epilogue>
-Status launch_kernel(const Gemm<Epilogue>& gemm, i32 multiprocessors, void* stream) {
-  Product<T, Epilogue> job{{}, gemm.weights, gemm.expert_begin, gemm.epilogue, gemm.early_weights};
-  for (int width = 0; width < T::kWidths; ++width) {
-    const Status status = gpu::map_rows(gemm.rows, T::size(width), &job.maps[width]);
-    if (!status.ok()) return status;
-  }
-  const gpu::LaunchShape shape{multiprocessors, T::kThreads, shared_bytes<T, Product<T, Epilogue>>(), true};
-  return gpu::launch(multiply_tiles<T, Product<T, Epilogue>>, shape, stream, job);
-}
-
-// Enqueues the kernel of kTileShapes[tile].
-template <int kTile = 0, class Epilogue>
-Status launch_tile(int tile, const Gemm<Epilogue>& gemm, i32 multiprocessors, void* stream) {
-  if constexpr (kTile < kTileShapeCount) {
-    if (tile != kTile) return launch_tile<kTile + 1>(tile, gemm, multiprocessors, stream);
-    constexpr Form kForm = kTileShapes[kTile].form;
-    if constexpr (!Epilogue::takes(kForm)) {
-      return refuse(Reason::internal, "tile " + std::to_string(tile) + " is of another form");
-    } else if (kForm.dense || !gemm.powers) {
-      return launch_kernel<Tiles<kTile, false>>(gemm, multiprocessors, stream);
-    } else {
-      return launch_kernel<Tiles<kTile, !kForm.dense>>(gemm, multiprocessors, stream);
-    }
-  } else {
-    return refuse(Reason::internal, "no tile " + std::to_string(tile));
-  }
 }
 
 }  // namespace fourmoe::sm90

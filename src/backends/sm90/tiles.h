@@ -28,9 +28,8 @@ inline constexpr int kTileBytes = 2304;  // 64 * 64 * 0.5625
 inline constexpr int kDenseTileBytes = kTileRows * kTileColumns * 2;
 
 constexpr int row_tiles(int rows) { return (rows + kTileRows - 1) / kTileRows; }
-constexpr int k_steps(int columns) {
-  return (columns + 127) / 128 * 2;
-}  // even: a stage holds two or four, the last perhaps two
+// Even: a stage holds two or four, the last one perhaps two.
+constexpr int k_steps(int columns) { return (columns + 127) / 128 * 2; }
 constexpr int tile_bytes(format::Encoding encoding) { return format::is_fp4(encoding) ? kTileBytes : kDenseTileBytes; }
 constexpr i64 blob_bytes(int rows, int columns, format::Encoding encoding = format::Encoding::nvfp4) {
   return i64{row_tiles(rows)} * k_steps(columns) * tile_bytes(encoding);
