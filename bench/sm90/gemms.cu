@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "backends/sm90/gemm1.h"
@@ -76,7 +78,8 @@ class Layer {
         max_slots_(max_slots),
         multiprocessors_(multiprocessors),
         y_(max_slots * s.inter),
-        z_(max_slots * s.hidden) {
+        z_(max_slots * s.hidden),
+        progress_(i64{kMostCalls} * (s.experts + 2)) {
     const DeviceVector<u8> first(noise(blob_bytes(rows1(s), s.hidden))), second(noise(blob_bytes(s.hidden, s.inter)));
     const i64 bytes = first.size() + second.size();
     std::vector<const std::byte*> one, two;
@@ -104,19 +107,28 @@ class Layer {
     }
   }
 
-  void gemm1(const Routing& r, int tile, cudaStream_t stream) const {
+  // Where both GEMMs of calls 0 to kMostCalls - 1 meet.
+  static constexpr int kMostCalls = 8;
+  void clear_progress(cudaStream_t stream) const {
+    require(cudaMemsetAsync(progress_.data(), 0, progress_.size() * sizeof(u64), stream), "progress");
+  }
+  Progress progress(int call) const { return {progress_.data() + i64{call} * (shape_.experts + 2), shape_.inter}; }
+
+  void gemm1(const Routing& r, int tile, const Progress& progress, cudaStream_t stream) const {
     Gemm1 call;
     call.blobs = table1_.data(), call.globals = globals_.data(), call.expert_begin = r.device.data();
     call.rows = x_.data(), call.y = y_.data();
     call.experts = shape_.experts, call.hidden = shape_.hidden, call.inter = shape_.inter;
     call.max_slots = max_slots_, call.tile = tile, call.expected_slots = r.begin.back();
     call.activation.kind = shape_.gated ? ActivationKind::swiglu : ActivationKind::relu2;
+    call.progress = progress;
     check(launch(call, multiprocessors_, stream));
   }
-  void gemm2(const Routing& r, int tile, bool follows, cudaStream_t stream) const {
+  void gemm2(const Routing& r, int tile, const Progress& progress, cudaStream_t stream) const {
     Gemm2 call;
     call.blobs = table2_.data(), call.globals = globals_.data(), call.expert_begin = r.device.data();
-    call.rows = y_.data(), call.z = z_.data(), call.follows_gemm1 = follows;
+    call.rows = y_.data(), call.z = z_.data();
+    call.progress = progress, call.follows_gemm1 = progress.stored != nullptr;
     call.experts = shape_.experts, call.hidden = shape_.hidden, call.inter = shape_.inter;
     call.max_slots = max_slots_, call.tile = tile, call.expected_slots = r.begin.back();
     check(launch(call, multiprocessors_, stream));
@@ -136,6 +148,7 @@ class Layer {
   DeviceVector<f32> globals_;
   DeviceVector<u16> x_, y_;
   DeviceVector<f32> z_;
+  DeviceVector<u64> progress_;
 };
 
 f64 median(std::vector<f64> values) {
@@ -143,12 +156,15 @@ f64 median(std::vector<f64> values) {
   return values[values.size() / 2];
 }
 
-// A graph of `layers` calls of body(i, stream), replayed.
+// A graph of before(stream) and `layers` calls of body(i, stream), replayed.
 class Replay {
  public:
-  Replay(int layers, const std::function<void(int, cudaStream_t)>& body) : layers_(layers) {
+  Replay(int layers, const std::function<void(cudaStream_t)>& before,
+         const std::function<void(int, cudaStream_t)>& body)
+      : layers_(layers) {
     require(cudaStreamCreate(&stream_), "stream");
     require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
+    before(stream_);
     for (int i = 0; i < layers; ++i) body(i, stream_);
     require(cudaStreamEndCapture(stream_, &graph_), "capture");
     require(cudaGraphInstantiate(&replay_, graph_, 0), "graph");
@@ -163,7 +179,8 @@ class Replay {
 
   // Median microseconds a call, once the card has worked for a while: clocks fall under load within milliseconds, and
   // a launch after a pause runs up to a third faster than a server ever sees.
-  f64 microseconds() const {
+  f64 microseconds(bool rested) const {
+    if (rested) return microseconds_rested();
     for (f64 spent = 0; spent < 120e3;) spent += once();
     std::vector<f64> times;
     for (f64 spent = 0; spent < 80e3 || times.size() < 5; spent += times.back()) times.push_back(once());
@@ -171,6 +188,16 @@ class Replay {
   }
 
  private:
+  // The same of a card that rests between the replays: what it can do before it has to save power.
+  f64 microseconds_rested() const {
+    std::vector<f64> times;
+    for (int i = 0; i < 12; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(15));
+      times.push_back(once());
+    }
+    return median(std::move(times)) / layers_;
+  }
+
   f64 once() const {
     require(cudaEventRecord(begin_, stream_), "record");
     require(cudaGraphLaunch(replay_, stream_), "replay");
@@ -196,13 +223,16 @@ struct Choice {
   std::vector<int> tokens;
   bool sweep = false;   // every tile that fits
   bool splits = false;  // the same weights in 1, 2, 4 and 8 allocations
+  bool rested = false;  // with pauses between the replays
 };
 
 Replay replay_both(const Layer& layer, const std::vector<Routing>& rs, int tile) {
-  return Replay(static_cast<int>(rs.size()), [&](int i, cudaStream_t stream) {
-    layer.gemm1(rs[i], tile, stream);
-    layer.gemm2(rs[i], tile, true, stream);
-  });
+  return Replay(
+      static_cast<int>(rs.size()), [&](cudaStream_t stream) { layer.clear_progress(stream); },
+      [&](int i, cudaStream_t stream) {
+        layer.gemm1(rs[i], tile, layer.progress(i), stream);
+        layer.gemm2(rs[i], tile, layer.progress(i), stream);
+      });
 }
 
 // In turns, each beginning with another, so that clocks are alike: medians of the turns, and of each turn's share of
@@ -218,7 +248,7 @@ void measure_splits(const Shape& s, const std::vector<int>& batch, const std::ve
     for (std::size_t turn = 0; turn < kTurns; ++turn) {
       for (std::size_t k = 0; k < layers.size(); ++k) {
         const std::size_t i = (turn + k) % layers.size();
-        times[i].push_back(replay_both(layers[i], all[b], -1).microseconds());
+        times[i].push_back(replay_both(layers[i], all[b], -1).microseconds(false));
       }
     }
     for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -256,10 +286,12 @@ void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int m
     const f64 picks = rs[0].begin.back(), bytes = active * weights * 0.5625, flops = 2 * picks * weights;
     for (int tile = -1; tile < (choice.sweep ? kTileShapeCount : 0); ++tile) {
       if (tile >= 0 && (kTileShapes[tile].form != Form{} || !fits(kTileShapes[tile], picks / active))) continue;
-      const Replay first(layers, [&](int i, cudaStream_t stream) { layer.gemm1(rs[i], tile, stream); });
-      const Replay second(layers, [&](int i, cudaStream_t stream) { layer.gemm2(rs[i], tile, false, stream); });
+      const auto nothing = [](cudaStream_t) {};
+      const Replay first(layers, nothing, [&](int i, cudaStream_t stream) { layer.gemm1(rs[i], tile, {}, stream); });
+      const Replay second(layers, nothing, [&](int i, cudaStream_t stream) { layer.gemm2(rs[i], tile, {}, stream); });
       const Replay both = replay_both(layer, rs, tile);
-      const f64 t1 = first.microseconds(), t2 = second.microseconds(), t = both.microseconds();
+      const f64 t1 = first.microseconds(choice.rested), t2 = second.microseconds(choice.rested);
+      const f64 t = both.microseconds(choice.rested);
       std::printf(
           "{\"part\": \"gemms\", \"shape\": \"%s\", \"tokens\": %d, \"active\": %.1f, \"tile\": %d, "
           "\"gemm1_us\": %.1f, \"gemm2_us\": %.1f, \"both_us\": %.1f, \"TBps\": %.3f, \"TFLOPs\": %.1f}\n",
@@ -287,11 +319,12 @@ int run(const Choice& choice) {
 }  // namespace
 }  // namespace fourmoe
 
-// gemms [sweep|splits] [SHAPE [TOKENS...]]
+// gemms [sweep|splits|rested] [SHAPE [TOKENS...]]
 int main(int argc, char** argv) {
   fourmoe::Choice choice;
   if (argc > 1 && std::string(argv[1]) == "sweep") choice.sweep = true, --argc, ++argv;
   if (argc > 1 && std::string(argv[1]) == "splits") choice.splits = true, --argc, ++argv;
+  if (argc > 1 && std::string(argv[1]) == "rested") choice.rested = true, --argc, ++argv;
   if (argc > 1) choice.shape = argv[1];
   for (int i = 2; i < argc; ++i) choice.tokens.push_back(std::atoi(argv[i]));
   return fourmoe::run(choice);

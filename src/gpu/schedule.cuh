@@ -1,9 +1,11 @@
 // schedule: the one order of tiles (gpu/tile_order.h), for every role of a persistent kernel.
 //
-// Tiles are dealt to the blocks in turn. One warp of a block walks their order and feeds the others. The order comes
-// from counts on the device alone, so a captured launch serves any routing.
+// Each block's first tile is the one of its number; then a block takes the next that nobody has, so that who began late
+// or had long tiles takes fewer, or, without a counter to take by, every so manieth. One warp of a block walks their
+// order and feeds the others. The order comes from counts on the device alone, so a captured launch serves any routing.
 #pragma once
 
+#include "gpu/isa/launch.cuh"
 #include "gpu/ring.cuh"
 #include "gpu/tile_order.h"
 
@@ -49,6 +51,9 @@ class Reader {
  public:
   __device__ explicit Reader(Feed<kTiles>& feed) : feed_(feed) {}
 
+  // Of the next tile, in the feed, and the parity of the times that it has been filled.
+  __device__ int place() const { return cursor_.stage; }
+  __device__ u32 lap() const { return cursor_.lap; }
   // The next tile, in shared memory until pop().
   __device__ __forceinline__ const Tile& peek() {
     wait(&feed_.ring.full[cursor_.stage], cursor_.lap);
@@ -74,9 +79,10 @@ class Reader {
 template <class T>
 class Schedule {
  public:
-  // expert_begin: [experts + 1] first slot of each expert, shared memory.
-  __device__ Schedule(Feed<T::kFeed>& feed, const i32* expert_begin, int experts, int row_blocks)
-      : writer_(feed), expert_begin_(expert_begin), experts_(experts), row_blocks_(row_blocks) {}
+  // expert_begin: [experts + 1] first slot of each expert, shared memory. taken: tiles that all blocks have taken
+  // beyond their first, global memory, 0 before the launch; null: none takes.
+  __device__ Schedule(Feed<T::kFeed>& feed, const i32* expert_begin, int experts, int row_blocks, u64* taken)
+      : writer_(feed), expert_begin_(expert_begin), experts_(experts), row_blocks_(row_blocks), taken_(taken) {}
 
   __device__ void run() {
     for (int width = 0; width < T::kWidths; ++width) {
@@ -99,7 +105,7 @@ class Schedule {
       if (lane >= distance) end += left;
     }
     const int all = __shfl_sync(~0u, end, 31);
-    for (; index_ < all; index_ += gridDim.x) {
+    for (; index_ < all; advance()) {
       const int owner = __ffs(__ballot_sync(~0u, index_ < end)) - 1;
       writer_.put(owner, [&] {
         const int within = index_ - (end - tiles * row_blocks_);
@@ -109,11 +115,26 @@ class Schedule {
     index_ -= all;
   }
 
+  // To the block's next tile, not before there is room for it: what is taken early is not left for others.
+  __device__ __forceinline__ void advance() {
+    int next = number_ + gridDim.x;
+    if (taken_ != nullptr) {
+      writer_.wait_for_room();
+      int others = 0;
+      if (threadIdx.x % 32 == 0) others = static_cast<int>(atomicAdd(reinterpret_cast<unsigned long long*>(taken_), 1));
+      next = gridDim.x + isa::uniform(others);
+    }
+    index_ += next - number_;
+    number_ = next;
+  }
+
   Writer<T::kFeed> writer_;
   const i32* expert_begin_;
   int experts_;
   int row_blocks_;
-  int index_ = blockIdx.x;  // of the block's next tile, counted from the experts at hand
+  u64* taken_;
+  int number_ = blockIdx.x;  // of the block's next tile
+  int index_ = blockIdx.x;   // the same, counted from the experts at hand
 };
 
 }  // namespace fourmoe::gpu

@@ -81,7 +81,7 @@ __device__ __forceinline__ void place_by_comparing(const DeviceSlots& a, const F
     const bool is_bound = i < bounds;
     const u32 key = is_bound ? static_cast<u32>(i) * kKeyPicks : few.keys[i - bounds];
     const i32 below = count_below(few, key);
-    if (is_bound) a.out.expert_begin[i] = below;
+    if (is_bound) write_begin(a, i, below);
     else write_slot(a, key, below);
   }
 }
@@ -129,9 +129,9 @@ __device__ __forceinline__ void begin_few(const DeviceSlots& a, const FewPicks& 
     first += total;
     if (e >= local) continue;
     few.begin[e] = begin;
-    a.out.expert_begin[e] = static_cast<i32>(begin);
+    write_begin(a, e, static_cast<i32>(begin));
   }
-  if (threadIdx.x == 0) a.out.expert_begin[local] = static_cast<i32>(first);
+  if (threadIdx.x == 0) write_begin(a, local, static_cast<i32>(first));
 }
 
 // kMaxWarps warps.

@@ -46,6 +46,7 @@ struct Out {
   u16* rows = nullptr;          // [slots, hidden] bf16: each slot's token as gemm1 multiplies it, in w4a4 the exact
                                 // values of codes and scales without their global; null unless the plan is for a
                                 // GPU. w4a16 of f16: two planes of max_tokens * top_k slots that sum to the tokens
+  u64* progress = nullptr;      // [local_experts + 2] zeros, in which GEMMs of a GPU count; null where none does
 };
 
 // What is said of a token that is refused, on the host and on a device: by pick, and for the scales of one that comes
@@ -62,7 +63,7 @@ Status check_bias(std::span<const f32> bias);
 // token and the value.
 Status pick(const Problem& problem, const In& in, i32 tokens, Executor& executor, const Out& out);
 
-// Slots of all picks. Reads Out::ids, writes expert_begin, slot_pick, pick_slot.
+// Slots of all picks. Reads Out::ids, writes expert_begin, slot_pick, pick_slot (on a device progress, too).
 void sort(const Problem& problem, i32 tokens, const Out& out);
 
 // l = x * router^T (+ bias), accumulated in f64 without intermediate rounding.

@@ -159,9 +159,13 @@ i32 sort_warps(i32 local, i32 bytes) {
 }
 
 Status set_expert_begin(const DeviceSlots& args, void* stream) {
-  const i64 bytes = 4 * (i64{args.problem.local_experts} + 1);
+  const i64 local = args.problem.local_experts;
   const auto native = static_cast<cudaStream_t>(stream);
-  return gpu::to_status(cudaMemsetAsync(args.out.expert_begin, 0, bytes, native), "clearing of expert_begin");
+  cudaError_t error = cudaMemsetAsync(args.out.expert_begin, 0, (local + 1) * sizeof(i32), native);
+  if (error == cudaSuccess && args.out.progress != nullptr) {
+    error = cudaMemsetAsync(args.out.progress, 0, (local + 2) * sizeof(u64), native);
+  }
+  return gpu::to_status(error, "clearing of expert_begin");
 }
 
 bool can_place_few(const DeviceSlots& args) {

@@ -133,6 +133,14 @@ __device__ __forceinline__ Counts sum_chunks(const u32* chunk_counts, i32 local,
   return counts;
 }
 
+// Of expert_begin, entry `local` included.
+__device__ __forceinline__ void write_begin(const DeviceSlots& a, i32 local, i32 slot) {
+  a.out.expert_begin[local] = slot;
+  if (a.out.progress == nullptr) return;
+  a.out.progress[local] = 0;
+  if (local == a.problem.local_experts) a.out.progress[local + 1] = 0;
+}
+
 // Turns the counts of all chunks into begin; block 0 writes expert_begin. A chunk alone needs no counts in memory.
 __device__ __forceinline__ void begin_experts(const DeviceSlots& a, i32 chunks, i32 chunk, const Sorting& s) {
   const i32 local = a.problem.local_experts;
@@ -147,9 +155,9 @@ __device__ __forceinline__ void begin_experts(const DeviceSlots& a, i32 chunks, 
     first += total;
     if (e >= local) continue;
     s.begin[e] = begin + counts.before;
-    if (chunk == 0) a.out.expert_begin[e] = static_cast<i32>(begin);
+    if (chunk == 0) write_begin(a, e, static_cast<i32>(begin));
   }
-  if (chunk == 0 && threadIdx.x == 0) a.out.expert_begin[local] = static_cast<i32>(first);
+  if (chunk == 0 && threadIdx.x == 0) write_begin(a, local, static_cast<i32>(first));
 }
 
 // After begin_experts: the slots of a chunk's picks.

@@ -57,6 +57,7 @@ struct Result {
   Status status;
   std::vector<i32> ids, begin, slot_pick, pick_slot;
   std::vector<f32> weights;
+  std::vector<u64> progress;
 };
 
 inline Result run_host(const Problem& p, const Input& input, i32 tokens) {
@@ -66,7 +67,8 @@ inline Result run_host(const Problem& p, const Input& input, i32 tokens) {
            std::vector<i32>(p.local_experts + 1),
            std::vector<i32>(picks),
            std::vector<i32>(picks),
-           std::vector<f32>(picks)};
+           std::vector<f32>(picks),
+           std::vector<u64>(p.local_experts + 2)};
   route::In in;
   if (input.ids.empty()) {
     in.logits = {const_cast<f32*>(input.logits.data()), format::Dtype::f32, tokens, p.experts, p.experts};
@@ -95,6 +97,7 @@ class Routed {
         slot_pick(i64{tokens} * p.top_k),
         pick_slot(i64{tokens} * p.top_k),
         weights(i64{tokens} * p.top_k),
+        progress(p.local_experts + 2),
         fault(std::vector<gpu::Fault>(1)),
         scratch(route::sort_scratch_bytes(p) / 4) {
     args.problem = p;
@@ -107,16 +110,23 @@ class Routed {
     }
     args.in.bias = input.bias.empty() ? nullptr : bias.get();
     args.out = {ids.get(), weights.get(), begin.get(), slot_pick.get(), pick_slot.get()};
+    args.out.progress = progress.get();
     args.fault = fault.get();
     args.chunk_counts = scratch.get();
   }
 
   void poison() {
     ids.poison(), begin.poison(), slot_pick.poison(), pick_slot.poison(), weights.poison(), scratch.poison();
+    progress.poison();
   }
   Result read() const {
-    return {
-        gpu::to_status(fault.read()[0]), ids.read(), begin.read(), slot_pick.read(), pick_slot.read(), weights.read()};
+    return {gpu::to_status(fault.read()[0]),
+            ids.read(),
+            begin.read(),
+            slot_pick.read(),
+            pick_slot.read(),
+            weights.read(),
+            progress.read()};
   }
 
   Problem problem;
@@ -125,6 +135,7 @@ class Routed {
   Device<f32> given_weights;
   Device<i32> ids, begin, slot_pick, pick_slot;
   Device<f32> weights;
+  Device<u64> progress;
   Device<gpu::Fault> fault;
   Device<u32> scratch;
   route::DeviceSlots args;
@@ -136,6 +147,7 @@ inline void expect_same(const Result& device, const Result& host, const std::str
   EXPECT_TRUE(device.status.ok()) << what << ": " << device.status.detail;
   ASSERT_EQ(device.ids, host.ids) << what;
   EXPECT_EQ(device.begin, host.begin) << what;
+  EXPECT_EQ(device.progress, host.progress) << what;
   EXPECT_EQ(device.pick_slot, host.pick_slot) << what;
   const i32 slots = host.begin.back();
   for (std::size_t i = 0; i < host.slot_pick.size(); ++i) {

@@ -1,10 +1,13 @@
 // The two GEMMs of the Hopper room against sums in double: every tile shape, every activation, odd sizes, biases.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <iterator>
 #include <random>
 #include <set>
+#include <thread>
 
 #include "backends/sm90/gemm1.h"
 #include "backends/sm90/gemm2.h"
@@ -160,6 +163,54 @@ std::vector<i32> random_begins(int experts, const TileShape& shape, std::mt19937
   return begin;
 }
 
+// The same two calls where gemm2 begins before gemm1 has ended: y and z to the bit, y counted to the last value, and
+// gemm2 at a standstill as long as one value of one expert is wanting.
+void check_meeting(Gemm1 one, Gemm2 two, const std::vector<i32>& begin, int multiprocessors) {
+  const DeviceVector<u16> y(one.max_slots * one.inter);
+  const DeviceVector<f32> z(two.max_slots * two.hidden);
+  std::vector<u64> stored(one.experts + 2);
+  const DeviceVector<u64> counters(stored);
+  const auto same = [](const auto& found, const void* wanted) {
+    std::vector<u8> a(found.size() * sizeof(*found.data())), b(a.size());
+    testing::require(cudaMemcpy(a.data(), found.data(), a.size(), cudaMemcpyDeviceToHost), "download");
+    testing::require(cudaMemcpy(b.data(), wanted, b.size(), cudaMemcpyDeviceToHost), "download");
+    return a == b;
+  };
+  const u16* wanted_y = two.rows;
+  const f32* wanted_z = two.z;
+  one.y = y.data(), two.rows = y.data(), two.z = z.data();
+  one.progress = two.progress = {counters.data(), one.inter};
+  ASSERT_TRUE(launch(one, multiprocessors, nullptr).ok());
+  ASSERT_TRUE(launch(two, multiprocessors, nullptr).ok());
+  testing::require(cudaDeviceSynchronize(), "gemms that meet");
+  EXPECT_TRUE(same(y, wanted_y));
+  EXPECT_TRUE(same(z, wanted_z));
+  for (int e = 0; e < one.experts; ++e) stored[e] = u64(begin[e + 1] - begin[e]) * one.inter;
+  const std::vector<u64> counted = counters.download();
+  EXPECT_TRUE(std::equal(stored.begin(), stored.end() - 2, counted.begin()));
+
+  int last = one.experts - 1;
+  while (begin[last] == begin[last + 1]) --last;
+  const u64 all = stored[last]--;
+  counters.upload(stored);
+  testing::require(cudaMemset(z.data(), 0xff, z.size() * sizeof(f32)), "poison");
+  testing::require(cudaDeviceSynchronize(), "poison");
+  cudaStream_t streams[2];
+  for (cudaStream_t& stream : streams) {
+    testing::require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  }
+  ASSERT_TRUE(launch(two, multiprocessors, streams[0]).ok());
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  EXPECT_EQ(cudaStreamQuery(streams[0]), cudaErrorNotReady);
+  testing::require(cudaMemcpyAsync(counters.data() + last, &all, sizeof all, cudaMemcpyHostToDevice, streams[1]),
+                   "all");
+  for (cudaStream_t& stream : streams) {
+    testing::require(cudaStreamSynchronize(stream), "gemm2");
+    testing::require(cudaStreamDestroy(stream), "stream");
+  }
+  EXPECT_TRUE(same(z, wanted_z));
+}
+
 class Gemms : public ::testing::TestWithParam<int> {};
 
 void check(const Size& size, int tile, bool biases, ActivationKind kind, bool powers = false) {
@@ -197,6 +248,7 @@ void check(const Size& size, int tile, bool biases, ActivationKind kind, bool po
   two.max_slots = max_slots, two.tile = tile, two.form = form, two.powers = powers, two.follows_gemm1 = true;
   ASSERT_TRUE(launch(one, multiprocessors, nullptr).ok());
   ASSERT_TRUE(launch(two, multiprocessors, nullptr).ok());
+  if (form.planes == 1) check_meeting(one, two, begin, multiprocessors);
   one.y = nullptr, one.y_wide = wide.data();
   ASSERT_TRUE(launch(one, multiprocessors, nullptr).ok());
   testing::require(cudaDeviceSynchronize(), "gemms");

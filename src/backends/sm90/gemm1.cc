@@ -47,6 +47,8 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
   call.split = !problem.batch_invariant;
   call.activation = problem.activation;
   call.tile = variant;
+  call.follows_rows = args.tokens > 0;
+  call.progress = progress_of(problem, args.slots.progress);
   return call;
 }
 

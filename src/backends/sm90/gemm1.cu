@@ -19,8 +19,9 @@ Status launch_planes(const Gemm1& call, i32 multiprocessors, void* stream) {
                                      weights,
                                      call.expert_begin,
                                      epilogue,
-                                     false,
-                                     call.powers};
+                                     call.follows_rows,
+                                     call.powers,
+                                     call.progress};
   return launch_tile(tile, gemm, multiprocessors, stream);
 }
 

@@ -23,6 +23,11 @@ struct Activate {
   i64 plane = 0;  // elements between two planes of y
 
   static constexpr bool takes(const Form& form) { return form.planes == kPlanes; }
+  static constexpr bool kFeedsNext = true;  // gemm2 may begin before all is stored
+  // Of y, in the row tiles before this one.
+  __device__ int columns_before(int row_tile) const {
+    return min(inter, row_tile * (activation.gated() ? kTileRows / 2 : kTileRows));
+  }
 
   // What a thread reads beside its sums: before them, and with them. Rows g and g + 8 are sum * scale + shift.
   struct Scales {

@@ -35,6 +35,7 @@ Status run(const Bound& bound) {
     call.expected_slots = i64{args.tokens} * problem.top_k;
     call.split = !problem.batch_invariant;
     call.tile = bound.variant;
+    call.progress = progress_of(problem, args.slots.progress);
     call.follows_gemm1 = true;  // or, in w4a4, what quantises its result and reads the same expert_begin
     return launch(call, device_of(*args.machine)->sms, args.stream);
   }

@@ -16,7 +16,8 @@ Status launch(const Gemm2& call, i32 multiprocessors, void* stream) {
                            call.expert_begin,
                            epilogue,
                            call.follows_gemm1,
-                           call.powers};
+                           call.powers,
+                           call.progress};
   return launch_tile(tile, gemm, multiprocessors, stream);
 }
 

@@ -12,6 +12,7 @@ struct Project {
   i32 hidden;
 
   static constexpr bool takes(const Form&) { return true; }
+  static constexpr bool kFeedsNext = false;
 
   // What a thread reads beside its sums: before them, and with them. Rows g and g + 8 are sum * scale + shift.
   using Scales = f32;

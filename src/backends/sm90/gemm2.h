@@ -26,6 +26,9 @@ struct Gemm2 {
   bool follows_gemm1 = false;  // the launch before this one in the stream is gemm1 or has the same inputs but `rows`
   bool split = true;           // K may be split where that is faster; sums then have an order of their own
   i32 tile = -1;               // of kTileShapes; -1: chosen
+  // As gemm1's, which is then the launch before this one: blocks begin where gemm1's have ended, and wait for the y of
+  // each expert by itself. rows and z must not overlap gemm1's rows.
+  Progress progress;
 };
 
 // Enqueues; does not wait. multiprocessors: of the device.

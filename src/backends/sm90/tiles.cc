@@ -189,6 +189,11 @@ Form form_of(const Problem& problem) {
   return {!format::is_fp4(problem.encoding), two ? 2 : 1};
 }
 
+Progress progress_of(const Problem& problem, u64* counters) {
+  if (problem.precision == Precision::w4a4 || form_of(problem).planes == 2) return {};
+  return {counters, problem.inter};
+}
+
 void pack(const Matrix* gate, const Matrix& up, u8* blob) {
   Matrices matrices{gate, &up};
   if (up.encoding == Encoding::mxfp4) {

@@ -68,7 +68,8 @@ __device__ int row_blocks(const Operands& operands) {
 //   int boxes(S&, tile)                    in which they come, of each K step; a lane each of a stage's
 //   int box_rows(tile)                     of each box
 //   int first_row(S&, tile, box)           likewise
-//   void wait(S&, tile)                    until the tile's tokens are there; one warp
+//   void wait_for_first()                  until any tile's tokens may be there; one warp, before what follows
+//   void wait(S&, tile)                    until the tile's tokens are there; likewise
 //   bool brings(tile)                      bring() puts the tile's tokens into the ring instead; one warp
 //   void bring(S&, tile, cursor)
 //   bool early()                           roles start before this launch's input is there, and wait for it themselves
@@ -78,7 +79,9 @@ __device__ int row_blocks(const Operands& operands) {
 //   void store<kWidth>(tile, row_tile, scales, d)  its sums of one row tile; likewise
 //   void begin(S&)                         the consumers, first; of shapes that hand over
 //   void finish(S&)                        the warpgroup that takes them
-//   void report(S&)                        one warp, a reader of the feed, too; of shapes that hand over
+//   kReports                               whether there is a report(); always of shapes that hand over
+//   void report(S&)                        one warp, a reader of the feed, too
+//   void stored(S&, place)                 a warp that has stored a tile, of that place in the feed; of other shapes
 
 // One warp: weights into the ring, a lane a row tile.
 template <class T, class Job>
@@ -114,7 +117,7 @@ __device__ void load_tokens(Block<T, typename Job::Memory>& shared, const Job& j
   const int lane = threadIdx.x % 32, box = lane / T::kDepth, within = lane % T::kDepth;  // K step of the stage
   gpu::Reader<T::kFeed> reader(shared.feed);
   gpu::Cursor<T::kStages> cursor;
-  gpu::isa::wait_for_earlier();
+  job.wait_for_first();
   for (gpu::Tile tile = reader.next(); tile.width < T::kWidths; tile = reader.next()) {
     const Operands& operands = job.operands(tile.width);
     if (job.brings(tile)) {
@@ -310,8 +313,8 @@ __device__ __forceinline__ void store(const Job& job, const gpu::Tile& tile, con
 
 // A warpgroup: the tiles of one width.
 template <class T, int kWidth, class Job>
-__device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, gpu::Reader<T::kFeed>* reader,
-                                        gpu::Cursor<T::kStages>* cursor, int* turn) {
+__device__ __forceinline__ void consume(Block<T, typename Job::Memory>& shared, const Job& job,
+                                        gpu::Reader<T::kFeed>* reader, gpu::Cursor<T::kStages>* cursor, int* turn) {
   constexpr int kSlots = T::size(kWidth);
 #pragma unroll 1
   for (; reader->peek().width == kWidth; reader->pop()) {
@@ -323,6 +326,7 @@ __device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, gpu::
       if (!join<T, kSlots>(shared, (*turn)++, steps, d)) continue;
     }
     store<T, kWidth>(job, reader->peek(), scales, d);
+    job.stored(shared, reader->place());
   }
 }
 
@@ -343,7 +347,8 @@ __device__ __forceinline__ void consume_alike(Shared<T>& shared, const Job& job)
 
 // A warpgroup: all tiles, a loop for each width, as the schedule orders them.
 template <class T, class Job, int... kWidths>
-__device__ __forceinline__ void consume(Shared<T>& shared, const Job& job, std::integer_sequence<int, kWidths...>) {
+__device__ __forceinline__ void consume(Block<T, typename Job::Memory>& shared, const Job& job,
+                                        std::integer_sequence<int, kWidths...>) {
   gpu::Reader<T::kFeed> reader(shared.feed);
   gpu::Cursor<T::kStages> cursor;
   int turn = 0;  // tiles so far
@@ -358,7 +363,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
   constexpr int kConsumers = T::kGroups * 4, kFinishers = T::kHanded > 0 ? 4 : 0;  // warps
   if (threadIdx.x == 0) {
     shared.ring.init(2, kConsumers);
-    shared.feed.ring.init(1, kConsumers + 2 + kFinishers + (kFinishers > 0 ? 1 : 0));
+    shared.feed.ring.init(1, kConsumers + 2 + kFinishers + (Job::kReports ? 1 : 0));
     if constexpr (T::kHanded > 0) shared.handed.ring.init(kConsumers, kFinishers);
   }
   if (!job.early()) gpu::isa::wait_for_earlier();
@@ -369,7 +374,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
   if (warp < kConsumers) {
     if constexpr (T::kHanded == 0) {
       gpu::isa::registers_take<T::kConsumerRegisters>();
-      consume(shared, job, std::make_integer_sequence<int, T::kWidths>());
+      consume<T>(shared, job, std::make_integer_sequence<int, T::kWidths>());
     } else {
       job.begin(shared);
       consume_alike<T>(shared, job);
@@ -379,7 +384,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
     if (warp == kConsumers) load_weights<T>(shared, job);
     else if (warp == kConsumers + 1) load_tokens<T>(shared, job);
     else if (warp == kConsumers + 2) job.schedule(shared);
-    else if constexpr (T::kHanded > 0) job.report(shared);
+    else if constexpr (Job::kReports) job.report(shared);
   } else {
     if constexpr (T::kHanded > 0) {
       gpu::isa::registers_take<T::kFinisherRegisters>();

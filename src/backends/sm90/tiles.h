@@ -147,6 +147,17 @@ std::vector<Variant> whole_variants(const LayerLoad& load, i32 multiprocessors);
 
 Form form_of(const Problem& problem);
 
+// Where the two GEMMs of a call meet; null: they do not, each waits for all of the launch before it.
+struct Progress {
+  u64* stored = nullptr;  // [experts + 2] device memory, zeros before gemm1: values of y of each expert that are
+                          // stored, then tiles of gemm1 and of gemm2 that blocks have taken beyond their first
+  i32 columns = 0;        // of y: inter
+};
+
+// In a call of the layer. In w4a4 a launch lies between the GEMMs; tokens in two planes lie where gemm2 puts its
+// result.
+Progress progress_of(const Problem& problem, u64* counters);
+
 // kPowersOfTwo: scales are MXFP4's (atom.h).
 template <int kTile, bool kPowersOfTwo = false>
 struct Tiles {

@@ -104,7 +104,9 @@ struct Layer : Picker<T, kSingle, kByPick> {
     if (gathers(tile)) return shared.job.list[tile.slot].token[box];
     return tile.width == 1 || many() || by_pick() ? tile.slot * kHitTokens : 0;
   }
+  static constexpr bool kReports = true;
   __device__ bool early() const { return true; }
+  __device__ void wait_for_first() const { gpu::isa::wait_for_earlier(); }
   __device__ const std::byte* blob(const S& shared, const gpu::Tile& tile) const {
     return shared.job.list[tile.slot].blobs[tile.width];
   }

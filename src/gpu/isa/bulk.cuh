@@ -72,21 +72,12 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, u32 
 }
 
 // Copies a box of a 2-D tensor map, columns from `column` and rows from `row`, to shared memory; what lies outside the
-// tensor arrives as zeros. Completes on the barrier. With more than one bit in `blocks` the box goes to the same place
-// in each of these blocks of the cluster and completes on each one's barrier.
+// tensor arrives as zeros. Completes on the barrier.
 __device__ __forceinline__ void box_load(void* shared, const void* map, int column, int row, u64* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           shared_address(shared)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
-      : "memory");
-}
-
-__device__ __forceinline__ void box_load(void* shared, const void* map, int column, int row, u64* barrier, u16 blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
-      "%3}], [%4], %5;" ::"r"(shared_address(shared)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
       : "memory");
 }
 

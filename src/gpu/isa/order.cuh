@@ -9,10 +9,18 @@ namespace fourmoe::gpu::isa {
 __device__ __forceinline__ void add_release(i32* counter, i32 value) {
   asm volatile("red.add.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
+__device__ __forceinline__ void add_release(u64* counter, u64 value) {
+  asm volatile("red.add.release.gpu.global.u64 [%0], %1;" ::"l"(counter), "l"(value) : "memory");
+}
 
 __device__ __forceinline__ i32 load_acquire(const i32* counter) {
   i32 value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+__device__ __forceinline__ u64 load_acquire(const u64* counter) {
+  u64 value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
   return value;
 }
 
