@@ -109,17 +109,23 @@ TEST(TileChoice, TakesWhatWasBest) {
   const auto whole = [](int rows1, int rows2, i32 experts, i64 picks, bool split) {
     return name_of(kTileShapes[choose_whole({{rows1, rows2}, experts, picks, split}, 132)]);
   };
-  EXPECT_EQ(whole(16, 32, 256, 8, true), "4x1x7s:8,8+f2+h3");         // H2048 I512, one token
-  EXPECT_EQ(whole(16, 32, 256, 4 * 8, true), "4x1x7s:8,8+f3+h3");     // four: others 5 % and more behind
-  EXPECT_EQ(whole(29, 42, 128, 8 * 6, true), "4x1x4:8,8+f2+h3+d4");   // Nemotron-3 Nano, eight: 7 %
-  EXPECT_EQ(whole(90, 45, 32, 24 * 4, false), "4x1x4:8,8+f2+h3+d4");  // gpt-oss-20b, 24: 8 %
-  EXPECT_EQ(whole(48, 64, 128, 64 * 8, false), "4x2x4:8,8+f2+h2");    // Qwen3-235B, 64: 6 %
-  const auto gemm2 = [](int rows, i32 experts, i64 picks) {
-    return name_of(kTileShapes[choose({rows, experts, picks, true, false}, 132)]);
+  EXPECT_EQ(whole(16, 32, 256, 8, true), "4x1x7s:8,8+h3");         // H2048 I512, one token
+  EXPECT_EQ(whole(16, 32, 256, 4 * 8, true), "4x1x7s:8,8+f3+h3");  // four: others 5 % and more behind
+  EXPECT_EQ(whole(29, 42, 128, 8 * 6, true), "4x1x4:8,8+h3+d4");   // Nemotron-3 Nano, eight: 7 %
+  EXPECT_EQ(whole(90, 45, 32, 24 * 4, false), "4x1x4:8,8+h3+d4");  // gpt-oss-20b, 24: 7 %
+  EXPECT_EQ(whole(90, 45, 128, 24 * 4, false),
+            "4x1x4:8,8+h3+d4");                                  // gpt-oss-120b, 24, whose rows fill no blocks: 3.6 %
+  EXPECT_EQ(whole(24, 32, 128, 64 * 8, false), "4x2x4:8,8+h2");  // Qwen3-30B, 64: 5 %
+  EXPECT_EQ(whole(48, 64, 128, 64 * 8, false), "4x2x4:8,8+h2");  // Qwen3-235B, 64: 5 %
+  const auto gemm = [](bool first, int rows, i32 experts, i64 picks) {
+    return name_of(kTileShapes[choose({rows, experts, picks, true, first}, 132)]);
   };
-  EXPECT_EQ(gemm2(45, 32, 256 * 4), "4x1x3:64,56,48,40,32,16+d4");  // gpt-oss-20b, 256: 8 %
-  EXPECT_EQ(gemm2(32, 128, 64 * 8), "4x1x4:24,16,8+d4");            // Qwen3-30B, 64
-  EXPECT_EQ(gemm2(112, 256, 1024 * 8), "4x2x4:48,40,32,24,16,8");   // DSV3, 1024
+  EXPECT_EQ(gemm(true, 90, 32, 256 * 4), "4x2x2:48,40,32,24,16,8+d4");       // gpt-oss-20b, 256: 6 %
+  EXPECT_EQ(gemm(false, 45, 32, 256 * 4), "4x1x3:64,56,48,40,32,16+f3+d4");  // likewise: 4 %
+  EXPECT_EQ(gemm(false, 32, 128, 64 * 8), "4x1x4:24,16,8+f3+d4");            // Qwen3-30B, 64
+  EXPECT_EQ(gemm(true, 64, 256, 512 * 8), "4x2x2:48,40,32,24,16,8+d4");      // DSV3, 512
+  EXPECT_EQ(gemm(false, 112, 256, 1024 * 8), "4x2x2:48,40,32,24,16,8+d4");   // DSV3, 1024
+  EXPECT_EQ(gemm(true, 64, 256, 2048 * 8), "3x2x4:88,80,72,64,56,48");       // DSV3, 2048: 9 %
 }
 
 TEST(TileChoice, FollowsTheSlotsOfAnExpert) {

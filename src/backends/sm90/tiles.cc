@@ -102,16 +102,19 @@ f64 expected_hits(i32 experts, i64 slots) { return experts * (1.0 - std::exp(-st
 
 // Fitted to the shipped table of measured choices (tune/shipped.json), whose layers do not need it: gemm1 of up to
 // about four slots an expert wants the finest tiles where few of 256 rows would come to a multiprocessor; then 256 rows
-// until 512 keep the card busy, which gemm2's shorter rows do later; wider tiles follow the slots that an expert has,
-// of 256 rows again where 512 are few.
+// until 512 keep the card busy, which gemm2's shorter rows do later, and stages of four K steps where there are many;
+// wider tiles follow the slots that an expert has, of 256 rows again where 512 are few.
 int choose(const Load& load, i32 multiprocessors) {
   const f64 hits = expected_hits(load.experts, load.slots);
   const f64 mean = static_cast<f64>(load.slots) / std::max(hits, 1.0);
   const f64 blocks = hits * load.row_tiles / 4 / multiprocessors;  // of 256 rows, a multiprocessor
   if (load.split && mean <= 8 && blocks < 0.83) return kSplitTile;
   if (load.split && load.first && mean <= 4.7 && blocks < 4.2) return kSplitTile;
-  if (mean <= 17) return blocks < (load.first ? 4.5 : 16) ? kNarrowTile : kNarrowTile + 1;
-  if (mean <= 35) return blocks < 5 ? kNarrowTile + 3 : kNarrowTile + 2;
+  if (mean <= 17) {
+    if (blocks < (load.first ? 4.5 : 16)) return kNarrowTile;
+    return blocks < (load.first ? 25 : 40) ? kNarrowTile + 1 : kNarrowTile + 2;
+  }
+  if (mean <= 37) return blocks < (load.first ? 5 : 24) ? kNarrowTile + 3 : kNarrowTile + 2;
   if (mean <= 52) return kNarrowTile + 3;
   if (mean <= 80) return kNarrowTile + 4;
   const bool one = mean <= 132, two = mean > 235 && mean <= 300;  // tiles of up to 144 slots hold an expert's
@@ -119,13 +122,16 @@ int choose(const Load& load, i32 multiprocessors) {
 }
 
 // Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave. A block that gets three tiles
-// must not take three ahead; where there are many, those of 512 rows take fewer instructions. Fitted likewise.
+// must not take three ahead; where there are many, those of 512 rows take fewer instructions, unless rows are left
+// over. Fitted likewise.
 int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   if (!(load.form == Form{})) return choose(load.form, kWholeTile, kAllTileShapes);
   const f64 hits = expected_hits(load.experts, load.slots);
   const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]) / multiprocessors;  // of 64 rows, for each of them
   if (load.split && tiles < 16.5) return tiles < 3.2 && !load.by_pick ? kWholeFewTile : kWholeTile;
-  return tiles < 66 ? kWholeTile + 1 : kWholeTile + 2;
+  const auto blocks = [&](int gemm) { return (load.row_tiles[gemm] + 7) / 8; };  // of 512 rows
+  const bool fill = (blocks(0) + blocks(1)) * 8 <= 1.05 * (load.row_tiles[0] + load.row_tiles[1]);
+  return tiles < 51.5 || !fill ? kWholeTile + 1 : kWholeTile + 2;
 }
 
 int choose(const Form& form, int first, int end) {

@@ -69,28 +69,28 @@ struct TileShape {
   i32 stages;    // of the ring
   bool split;    // warpgroups share their row tiles and take turns at the K steps; sums are added in a fixed order
   i32 sizes[8];  // descending; 0 ends the list
-  i32 feed = 4;  // tiles known ahead, see gpu/schedule.cuh
+  i32 feed = 2;  // tiles that a block takes before it is done with the first; more where the ring holds more
   Form form = {};
   i32 handed = 0;  // tiles whose sums may wait for an epilogue in a warpgroup of its own; 0: it is the consumers' own
   i32 depth = 2;   // K steps that a consumer takes from a stage: 2, or 4, of which a last stage may hold two
 };
 
 // Of the kernels' speed, see Step::revision: raise it when tiles or roles change.
-inline constexpr i32 kRevision = 9;
+inline constexpr i32 kRevision = 10;
 
 // The shapes that are built; choose() and the benchmark name them by index.
 inline constexpr TileShape kTileShapes[] = {
-    {4, 1, 7, true, {8}},
-    {4, 1, 4, false, {24, 16, 8}, 4, {}, 0, 4},
+    {4, 1, 7, true, {8}, 4},
+    {4, 1, 4, false, {24, 16, 8}, 3, {}, 0, 4},
     {4, 2, 5, false, {24, 16, 8}},
-    {4, 2, 4, false, {48, 40, 32, 24, 16, 8}},
-    {4, 1, 3, false, {64, 56, 48, 40, 32, 16}, 4, {}, 0, 4},
+    {4, 2, 2, false, {48, 40, 32, 24, 16, 8}, 2, {}, 0, 4},
+    {4, 1, 3, false, {64, 56, 48, 40, 32, 16}, 3, {}, 0, 4},
     {3, 2, 4, false, {88, 80, 72, 64, 56, 48}},
     {2, 2, 4, false, {144, 128, 112, 96, 80, 64}},
     {2, 1, 3, false, {256, 224, 192, 176, 160, 144, 128, 64}},
-    {4, 1, 4, false, {64, 48, 32, 24, 16, 8}, 4, {false, 2}},
-    {2, 1, 4, false, {64, 48, 32, 24, 16, 8}, 4, {true, 1}},
-    {2, 1, 3, false, {64, 48, 32, 24, 16, 8}, 4, {true, 2}},
+    {4, 1, 4, false, {64, 48, 32, 24, 16, 8}, 2, {false, 2}},
+    {2, 1, 4, false, {64, 48, 32, 24, 16, 8}, 2, {true, 1}},
+    {2, 1, 3, false, {64, 48, 32, 24, 16, 8}, 2, {true, 2}},
     // Of one launch for the layer (whole.h); its two widths are the two GEMMs.
     {4, 1, 7, true, {8, 8}, 3, {}, 3},
     {4, 1, 4, false, {8, 8}, 2, {}, 3, 4},
@@ -138,7 +138,7 @@ int choose_whole(const LayerLoad& load, i32 multiprocessors);
 int choose(const Form& form, int first = 0, int end = kTileShapeCount);
 
 // groups x rows x stages, "s" where K is split, and the sizes: "4x2x5:24,16,8". Then what differs from the usual feed,
-// tiles handed on, depth and form: "+f2", "+h3", "+d4", "+dense", "+p2".
+// tiles handed on, depth and form: "+f3", "+h3", "+d4", "+dense", "+p2".
 std::string name_of(const TileShape& shape);
 
 // Shapes for one GEMM, or for a layer in one launch, that fit the load: the one that the rule takes first.
