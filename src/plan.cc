@@ -46,7 +46,7 @@ std::byte* lay_out(const Plan& plan, Carver* carver, Args* args, i64 scratch_byt
   args->slots.ids = carver->take<i32>(picks);
   args->slots.weights = carver->take<f32>(picks);
   args->slots.expert_begin = carver->take<i32>(p.local_experts + 1);
-  if (plan.machine.device >= 0) args->slots.progress = carver->take<u64>(p.local_experts + 2);
+  if (plan.machine.device >= 0) args->slots.progress = carver->take<u64>(route::progress_words(p.local_experts));
   args->slots.slot_pick = carver->take<i32>(picks);
   args->slots.pick_slot = carver->take<i32>(picks);
   lay_out_rows(plan, carver, args);

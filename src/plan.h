@@ -20,7 +20,8 @@ constexpr i32 bucket_of(i64 tokens) {
   return bucket;
 }
 
-// Steps in flow order, in words: "sm90.gemm1 4x1x4:24,16,8+d4", or without the variant: the step's rule then takes one.
+// Steps in flow order, in words: "sm90.gemm1 4x1x4:24,16,8+f3+d4", or without the variant: the step's rule then takes
+// one.
 using Choice = std::vector<std::string>;
 
 // What the caller asks for.

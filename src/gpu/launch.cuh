@@ -69,7 +69,8 @@ Status map_rows(const MappedRows& rows, i32 box_rows, CUtensorMap* map);
 
 // Kernels of route and combine: one struct of arguments, and begin() first, so that they may all start early.
 
-// First in every kernel: nothing that another kernel wrote may be read, and nothing written, before it.
+// First in every kernel: nothing that another kernel wrote may be read, and nothing written, before it. The wait comes
+// first: the launch after this one relies on what the launches before this one wrote (sm90/gemm1.h: follows_rows).
 __device__ __forceinline__ void begin() {
   cudaGridDependencySynchronize();
   cudaTriggerProgrammaticLaunchCompletion();

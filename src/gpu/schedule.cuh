@@ -1,7 +1,7 @@
 // schedule: the one order of tiles (gpu/tile_order.h), for every role of a persistent kernel.
 //
 // Each block's first tile is the one of its number; then a block takes the next that nobody has, so that who began late
-// or had long tiles takes fewer, or, without a counter to take by, every so manieth. One warp of a block walks their
+// or had long tiles takes fewer, or, without a counter to take by, every gridDim.x-th. One warp of a block walks their
 // order and feeds the others. The order comes from counts on the device alone, so a captured launch serves any routing.
 #pragma once
 

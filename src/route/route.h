@@ -33,6 +33,9 @@ struct Picked {
   f32* weights = nullptr;  // [tokens, top_k]
 };
 
+// A word for each local expert, and one for each GEMM.
+constexpr i64 progress_words(i32 local_experts) { return i64{local_experts} + 2; }
+
 // In the workspace, sized for max_tokens, but that ids and weights are Picked's where it has them. Overwritten. A slot
 // exists for every pick of a local expert.
 struct Out {
@@ -46,7 +49,7 @@ struct Out {
   u16* rows = nullptr;          // [slots, hidden] bf16: each slot's token as gemm1 multiplies it, in w4a4 the exact
                                 // values of codes and scales without their global; null unless the plan is for a
                                 // GPU. w4a16 of f16: two planes of max_tokens * top_k slots that sum to the tokens
-  u64* progress = nullptr;      // [local_experts + 2] zeros, in which GEMMs of a GPU count; null where none does
+  u64* progress = nullptr;      // [progress_words] zeros, in which GEMMs of a GPU count; null where none does
 };
 
 // What is said of a token that is refused, on the host and on a device: by pick, and for the scales of one that comes

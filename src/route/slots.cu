@@ -163,7 +163,8 @@ Status set_expert_begin(const DeviceSlots& args, void* stream) {
   const auto native = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaMemsetAsync(args.out.expert_begin, 0, (local + 1) * sizeof(i32), native);
   if (error == cudaSuccess && args.out.progress != nullptr) {
-    error = cudaMemsetAsync(args.out.progress, 0, (local + 2) * sizeof(u64), native);
+    error =
+        cudaMemsetAsync(args.out.progress, 0, route::progress_words(args.problem.local_experts) * sizeof(u64), native);
   }
   return gpu::to_status(error, "clearing of expert_begin");
 }

@@ -1,5 +1,6 @@
-// The one launch for few tokens, replayed with changing routing while another stream takes multiprocessors away: no
-// call may hang, and none may differ by a bit. FOURMOE_REPLAYS sets how many calls a test makes.
+// The one launch for few tokens, and the split steps whose GEMMs meet, replayed with changing routing while another
+// stream takes multiprocessors away: no call may hang, and none may differ by a bit. FOURMOE_REPLAYS sets how many
+// calls a test makes.
 #include <gtest/gtest.h>
 
 #include <cstdlib>
@@ -83,6 +84,7 @@ struct Routed {
 struct Replayed {
   i32 tokens;
   Precision precision = Precision::w4a16;  // w4a4: picks have rows of their own
+  bool split = false;                      // into steps, of more tiles than there are blocks
 };
 
 class Replays : public ::testing::TestWithParam<Replayed> {
@@ -111,14 +113,16 @@ class Replays : public ::testing::TestWithParam<Replayed> {
 TEST_P(Replays, NeitherHangNorDiffer) {
   FOURMOE_NEEDS_HOPPER();
   cases::Spec spec;
-  spec.problem = cases::problem(512, 128, 64, 8);
+  spec.problem = GetParam().split ? cases::problem(1024, 512, 64, 8) : cases::problem(512, 128, 64, 8);
   spec.problem.precision = GetParam().precision;
   spec.tokens = GetParam().tokens;
   LayerOptions options;
   options.precision = GetParam().precision;
   options.device = 0;
-  options.max_tokens = 32;
+  options.max_tokens = 64;
   Layer layer(cases::random_layer(spec.problem, 1, true), options);
+  const plan::Choice split = {"device.route", "sm90.gemm1", "sm90.gemm2", "device.combine"};
+  if (GetParam().split) throw_unless_ok(layer.choose(spec.tokens, split, spec.hidden));
   gpu::OwnStream stream, other;
   throw_unless_ok(gpu::OwnStream::make(&stream));
   throw_unless_ok(gpu::OwnStream::make(&other));
@@ -157,7 +161,8 @@ TEST_P(Replays, NeitherHangNorDiffer) {
 
 INSTANTIATE_TEST_SUITE_P(Tokens, Replays,
                          ::testing::Values(Replayed{1}, Replayed{2}, Replayed{8}, Replayed{32},
-                                           Replayed{1, Precision::w4a4}, Replayed{8, Precision::w4a4}));
+                                           Replayed{1, Precision::w4a4}, Replayed{8, Precision::w4a4},
+                                           Replayed{4, Precision::w4a16, true}, Replayed{64, Precision::w4a16, true}));
 
 // Spoils the counters of the next launch's set, in one of `ways` in turn: all tiles are taken, rows of gemm1 never
 // come, nor do rows of picks. The word of arrivals says which set that is.

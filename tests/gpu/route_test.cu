@@ -198,6 +198,7 @@ TEST(DeviceRoute, ZeroTokensLeaveNoSlots) {
   const Result r = device.read();
   EXPECT_TRUE(r.status.ok());
   EXPECT_EQ(r.begin, std::vector<i32>(9, 0));
+  EXPECT_EQ(r.progress, std::vector<u64>(route::progress_words(8), 0));
 }
 
 // The host's sentence about the lowest bad token; that token has no slots, and all others have theirs.

@@ -68,7 +68,7 @@ inline Result run_host(const Problem& p, const Input& input, i32 tokens) {
            std::vector<i32>(picks),
            std::vector<i32>(picks),
            std::vector<f32>(picks),
-           std::vector<u64>(p.local_experts + 2)};
+           std::vector<u64>(route::progress_words(p.local_experts))};
   route::In in;
   if (input.ids.empty()) {
     in.logits = {const_cast<f32*>(input.logits.data()), format::Dtype::f32, tokens, p.experts, p.experts};
@@ -97,7 +97,7 @@ class Routed {
         slot_pick(i64{tokens} * p.top_k),
         pick_slot(i64{tokens} * p.top_k),
         weights(i64{tokens} * p.top_k),
-        progress(p.local_experts + 2),
+        progress(route::progress_words(p.local_experts)),
         fault(std::vector<gpu::Fault>(1)),
         scratch(route::sort_scratch_bytes(p) / 4) {
     args.problem = p;

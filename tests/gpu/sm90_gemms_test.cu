@@ -14,6 +14,7 @@
 #include "backends/sm90/tiles.h"
 #include "gemm1/activation.h"
 #include "memory.h"
+#include "route/route.h"
 #include "weights/window.h"
 
 namespace fourmoe::sm90 {
@@ -164,11 +165,13 @@ std::vector<i32> random_begins(int experts, const TileShape& shape, std::mt19937
 }
 
 // The same two calls where gemm2 begins before gemm1 has ended: y and z to the bit, y counted to the last value, and
-// gemm2 at a standstill as long as one value of one expert is wanting.
-void check_meeting(Gemm1 one, Gemm2 two, const std::vector<i32>& begin, int multiprocessors) {
+// gemm2 at a standstill as long as one value of one expert is wanting. With few blocks all of gemm2's run beside
+// gemm1's, and each has many tiles.
+void check_meeting(Gemm1 one, Gemm2 two, const std::vector<i32>& begin, int blocks) {
+  SCOPED_TRACE(::testing::Message() << blocks << " blocks");
   const DeviceVector<u16> y(one.max_slots * one.inter);
   const DeviceVector<f32> z(two.max_slots * two.hidden);
-  std::vector<u64> stored(one.experts + 2);
+  std::vector<u64> stored(route::progress_words(one.experts));
   const DeviceVector<u64> counters(stored);
   const auto same = [](const auto& found, const void* wanted) {
     std::vector<u8> a(found.size() * sizeof(*found.data())), b(a.size());
@@ -180,8 +183,8 @@ void check_meeting(Gemm1 one, Gemm2 two, const std::vector<i32>& begin, int mult
   const f32* wanted_z = two.z;
   one.y = y.data(), two.rows = y.data(), two.z = z.data();
   one.progress = two.progress = {counters.data(), one.inter};
-  ASSERT_TRUE(launch(one, multiprocessors, nullptr).ok());
-  ASSERT_TRUE(launch(two, multiprocessors, nullptr).ok());
+  ASSERT_TRUE(launch(one, blocks, nullptr).ok());
+  ASSERT_TRUE(launch(two, blocks, nullptr).ok());
   testing::require(cudaDeviceSynchronize(), "gemms that meet");
   EXPECT_TRUE(same(y, wanted_y));
   EXPECT_TRUE(same(z, wanted_z));
@@ -199,7 +202,7 @@ void check_meeting(Gemm1 one, Gemm2 two, const std::vector<i32>& begin, int mult
   for (cudaStream_t& stream : streams) {
     testing::require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   }
-  ASSERT_TRUE(launch(two, multiprocessors, streams[0]).ok());
+  ASSERT_TRUE(launch(two, blocks, streams[0]).ok());
   std::this_thread::sleep_for(std::chrono::milliseconds(2));
   EXPECT_EQ(cudaStreamQuery(streams[0]), cudaErrorNotReady);
   testing::require(cudaMemcpyAsync(counters.data() + last, &all, sizeof all, cudaMemcpyHostToDevice, streams[1]),
@@ -248,7 +251,9 @@ void check(const Size& size, int tile, bool biases, ActivationKind kind, bool po
   two.max_slots = max_slots, two.tile = tile, two.form = form, two.powers = powers, two.follows_gemm1 = true;
   ASSERT_TRUE(launch(one, multiprocessors, nullptr).ok());
   ASSERT_TRUE(launch(two, multiprocessors, nullptr).ok());
-  if (form.planes == 1) check_meeting(one, two, begin, multiprocessors);
+  for (const int blocks : {multiprocessors, 5, 1}) {
+    if (form.planes == 1) check_meeting(one, two, begin, blocks);
+  }
   one.y = nullptr, one.y_wide = wide.data();
   ASSERT_TRUE(launch(one, multiprocessors, nullptr).ok());
   testing::require(cudaDeviceSynchronize(), "gemms");
@@ -295,6 +300,7 @@ TEST_P(Gemms, MatchSumsInDouble) {
   check({2688, 1856, 2, false}, tile, tile % 2 == 0, relu2);
   check({2880, 704, 3, true}, tile, true, kinds[(tile + 2) % 4]);
   check({192, 96, kEveryWidth, true}, tile, true, kinds[(tile + 3) % 4]);
+  check({192, 64, 70, true}, tile, false, swiglu);  // more experts than a warp has lanes
   if (kTileShapes[tile].form.dense) return;
   check({2880, 96, 3, true}, tile, true, swiglu_clamped, true);
   check({160, 1056, 4, false}, tile, false, relu2, true);

@@ -24,6 +24,8 @@ ROWS = [
      "both_us": 80.0, "TBps": 1.7, "TFLOPs": 7.5},
     {"part": "rivals", "shape": "qwen3-30b", "tokens": 8, "active": 50.0, "rows": 64, "absent": {"deepgemm_fp8": "no"},
      "us": {"ours": 100.0, "torch_bf16": 300.0, "humming_grouped": 90.0, "humming_indexed": 120.0}},
+    {"part": "rivals", "shape": "qwen3-30b", "tokens": 8, "active": 50.0, "rows": 64, "absent": {}, "rested": True,
+     "us": {"ours": 80.0, "humming_grouped": 160.0}},
 ]
 
 
@@ -71,6 +73,12 @@ class ReportTest(unittest.TestCase):
         # A whole layer of 60 us beside Humming's 90.
         with_layer = [row | {"layer_us": 60.0} if row["part"] == "rivals" else row for row in self.rows()]
         self.assertEqual(cells_of(with_layer)[8:], cells[8:15] + ["60.0", "1.50"])
+
+    def test_rested_rows_stand_apart(self):
+        line = printed(report.print_table, self.rows(), None, True).splitlines()[-1]
+        self.assertIn("| 80.0 |", line)
+        self.assertIn("| 2.00 |", line)
+        self.assertEqual(len(report.contests(self.rows())), 1)
 
     def test_losses_are_named(self):
         text = printed(report.print_extremes, self.rows())

@@ -47,7 +47,7 @@ std::vector<Variant> variants_of(const Problem& problem, const Machine& machine,
   call.split = !problem.batch_invariant;
   call.activation = problem.activation;
   call.tile = variant;
-  call.follows_rows = args.tokens > 0;
+  call.follows_rows = true;  // no step runs without tokens
   call.progress = progress_of(problem, args.slots.progress);
   return call;
 }

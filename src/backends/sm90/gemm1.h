@@ -27,10 +27,12 @@ struct Gemm1 {
   i64 max_slots = 0;
   i64 expected_slots = 0;  // of this call: chooses the tile, whatever it is the result is right
   Activation activation;
-  bool follows_rows = false;  // the launch before this one in the stream makes `rows` and nothing else of the above
-  bool split = true;          // K may be split where that is faster; sums then have an order of their own
-  i32 tile = -1;              // of kTileShapes; -1: chosen
-  Progress progress;          // of `y`; zeros
+  // The launch before this one in the stream makes `rows` and nothing else of this call's, and lets this one begin once
+  // its own wait is over (gpu::begin): weights are fetched while it runs.
+  bool follows_rows = false;
+  bool split = true;  // K may be split where that is faster; sums then have an order of their own
+  i32 tile = -1;      // of kTileShapes; -1: chosen
+  Progress progress;  // of `y`, null with y_wide; zeros before the launch that makes `rows`
 };
 
 // Enqueues; does not wait. multiprocessors: of the device.

@@ -1,6 +1,7 @@
 // Tiles of the Hopper room, the device part: slots times packed experts, the roles of gemm1, gemm2 and whole. A
 // persistent block has a scheduling warp, two loading warps, warpgroups that unpack and multiply, and an epilogue: in
-// their registers, or (whole) in those of a warpgroup to which they hand their sums, with a warp that reports them.
+// their registers, or (whole) in those of a warpgroup to which they hand their sums. A warp says of tiles of y that
+// they are stored.
 #pragma once
 
 #include <cuda.h>

@@ -69,7 +69,7 @@ struct TileShape {
   i32 stages;    // of the ring
   bool split;    // warpgroups share their row tiles and take turns at the K steps; sums are added in a fixed order
   i32 sizes[8];  // descending; 0 ends the list
-  i32 feed = 2;  // tiles that a block takes before it is done with the first; more where the ring holds more
+  i32 feed = 2;  // tiles that a block takes before it is done with the first; more where the ring holds several
   Form form = {};
   i32 handed = 0;  // tiles whose sums may wait for an epilogue in a warpgroup of its own; 0: it is the consumers' own
   i32 depth = 2;   // K steps that a consumer takes from a stage: 2, or 4, of which a last stage may hold two
@@ -88,9 +88,9 @@ inline constexpr TileShape kTileShapes[] = {
     {3, 2, 4, false, {88, 80, 72, 64, 56, 48}},
     {2, 2, 4, false, {144, 128, 112, 96, 80, 64}},
     {2, 1, 3, false, {256, 224, 192, 176, 160, 144, 128, 64}},
-    {4, 1, 4, false, {64, 48, 32, 24, 16, 8}, 2, {false, 2}},
+    {4, 1, 4, false, {64, 48, 32, 24, 16, 8}, 4, {false, 2}},
     {2, 1, 4, false, {64, 48, 32, 24, 16, 8}, 2, {true, 1}},
-    {2, 1, 3, false, {64, 48, 32, 24, 16, 8}, 2, {true, 2}},
+    {2, 1, 3, false, {64, 48, 32, 24, 16, 8}, 4, {true, 2}},
     // Of one launch for the layer (whole.h); its two widths are the two GEMMs.
     {4, 1, 7, true, {8, 8}, 3, {}, 3},
     {4, 1, 4, false, {8, 8}, 2, {}, 3, 4},
@@ -149,8 +149,8 @@ Form form_of(const Problem& problem);
 
 // Where the two GEMMs of a call meet; null: they do not, each waits for all of the launch before it.
 struct Progress {
-  u64* stored = nullptr;  // [experts + 2] device memory, zeros before gemm1: values of y of each expert that are
-                          // stored, then tiles of gemm1 and of gemm2 that blocks have taken beyond their first
+  u64* stored = nullptr;  // [route::progress_words] device memory, zeros before gemm1: values of y of each expert that
+                          // are stored, then tiles of gemm1 and of gemm2 that blocks have taken beyond their first
   i32 columns = 0;        // of y: inter
 };
 

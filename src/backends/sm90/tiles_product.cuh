@@ -57,7 +57,8 @@ struct Product {
   __device__ void wait_for_first() const {
     if (!meets()) gpu::isa::wait_for_earlier();
   }
-  // All of the expert's y; the next ones' are asked for with it. A wait ends as those of a ring do.
+  // All of the expert's y; the next ones' are asked for with it. gemm1's blocks run when those of gemm2 begin, so a
+  // wait is short; one that is not ends as those of a ring do.
   __device__ void wait(S& shared, const gpu::Tile& tile) const {
     if (!meets()) return;
     Memory& own = shared.job;
@@ -70,6 +71,7 @@ struct Product {
         known = __ballot_sync(~0u, gpu::isa::load_acquire(progress.stored + expert) == all);
         if (clock64() - since > gpu::kWaitCycles) __trap();
       }
+      __syncwarp();  // all lanes have read what was known before
       if (lane == 0) own.asked = tile.expert, own.known = known;
     }
     gpu::isa::fence_copy_engine();
@@ -79,10 +81,13 @@ struct Product {
   __device__ void bring(S&, const gpu::Tile&, gpu::Cursor<T::kStages>*) const {}
   __device__ const std::byte* blob(const S&, const gpu::Tile& tile) const { return weights.blobs[tile.expert]; }
   __device__ void prepare(S& shared) const {
-    for (int e = threadIdx.x; e <= weights.experts; e += T::kThreads) shared.job.expert_begin[e] = expert_begin[e];
-    if (threadIdx.x == 0) shared.job.known = 0;
-    if (kReports && threadIdx.x < T::kFeed) {
-      gpu::isa::barrier_init(&shared.job.stored[threadIdx.x], 4 * (T::kSplit ? 1 : T::kGroups));
+    Memory& own = shared.job;
+    // From the L2: the launch that wrote them may be one that this one did not wait for, if another in between did.
+    for (int e = threadIdx.x; e <= weights.experts; e += T::kThreads) own.expert_begin[e] = __ldcg(&expert_begin[e]);
+    if (threadIdx.x > 0) return;
+    own.asked = 0, own.known = 0;
+    if constexpr (kReports) {
+      for (u64& barrier : own.stored) gpu::isa::barrier_init(&barrier, 4 * (T::kSplit ? 1 : T::kGroups));
       gpu::isa::barrier_fence_init();
     }
   }
@@ -105,7 +110,7 @@ struct Product {
       if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.job.stored[place]);
     }
   }
-  // For who else has them: a warp that says that others' stores are done waits until they are.
+  // A warp of its own, for a release takes until the stores before it are done.
   __device__ void report(S& shared) const {
     gpu::Reader<T::kFeed> reader(shared.feed);
     for (gpu::Tile tile = reader.peek(); tile.width < T::kWidths; tile = reader.peek()) {
