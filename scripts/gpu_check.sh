@@ -88,6 +88,9 @@ measure() {
   for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron3-nano; do  # all token counts and tiles: `gemms sweep`, minutes
     "$build/fourmoe_bench_gemms" "$shape" 1 8 64 512 1024 4096 32768
   done > "$logs/rows"
+  for shape in dsv3 qwen3-235b v4-flash qwen3-30b nemotron3-nano; do
+    "$build/fourmoe_bench_gemms" rested "$shape" 64 512 1024
+  done >> "$logs/rows"
   for shape in dsv3 qwen3-30b; do "$build/fourmoe_bench_gemms" splits "$shape" 8 64 512; done >> "$logs/rows"
   python3 bench/sm90/record.py "$logs/rows" --ceilings "$out/sm90-ceilings.json" --output "$out/sm90-gemms.json" \
     --plot "$out/sm90-gemms.svg"

@@ -1,9 +1,11 @@
-"""Time of a piece of GPU work under load: as the Replay of bench/sm90/gemms.cu."""
+"""Time of a piece of GPU work: as the Replay of bench/sm90/gemms.cu."""
 import statistics
+import time
 
 import torch
 
 WARM, MEASURED, LEAST = 120e-3, 40e-3, 3  # seconds, seconds, replays
+REST, RESTED = 15e-3, 12  # seconds before each of so many replays
 
 
 def seconds_of(work):
@@ -15,9 +17,9 @@ def seconds_of(work):
     return begin.elapsed_time(end) * 1e-3
 
 
-def median_microseconds(calls, warm=WARM, measured=MEASURED):
+def median_microseconds(calls, warm=WARM, measured=MEASURED, rested=False):
     """Microseconds of one of `calls`, which run one after another in a CUDA graph, replayed until the clocks have
-    fallen to what the work sustains."""
+    fallen to what the work sustains; or, rested, with a pause before each replay."""
     for call in calls:
         call()  # compiles and allocates
     torch.cuda.synchronize()
@@ -25,6 +27,12 @@ def median_microseconds(calls, warm=WARM, measured=MEASURED):
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    if rested:
+        times = []
+        for _ in range(RESTED):
+            time.sleep(REST)
+            times.append(seconds_of(graph.replay))
+        return statistics.median(times) * 1e6 / len(calls)
     spent = 0.0
     while spent < warm:
         spent += seconds_of(graph.replay)

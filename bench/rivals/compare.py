@@ -7,7 +7,8 @@
 PROGRAM is bench/sm90/gemms.cu, built; with the COMMAND of the build, whole layers of ours (routing from picks, both
 GEMMs, activation, combine) stand beside the rivals' GEMMs. Needs a torch with CUDA and Triton; humming-kernels and
 deep_gemm are measured where they are installed. A row is both GEMMs of one layer: rows sorted by expert, no activation (ours has it), no
-routing, no combine. Every rival's results are compared with torch's before they are timed. `--warm` only compiles.
+routing, no combine. Every rival's results are compared with torch's before they are timed. With `--rested` the card
+rests before each replay. `--warm` only compiles.
 """
 import argparse
 import gc
@@ -55,8 +56,8 @@ def relative_error(result, reference):
 class Contest:
     """All rivals on the weights of one shape."""
 
-    def __init__(self, shape, names):
-        self.shape, self.rivals, self.absent = shape, {}, {}
+    def __init__(self, shape, names, rested=False):
+        self.shape, self.rivals, self.absent, self.rested = shape, {}, {}, rested
         projections = (Weights.random(shape.experts, shape.rows1, shape.hidden),
                        Weights.random(shape.experts, shape.hidden, shape.inter))
         for name in names:
@@ -84,7 +85,7 @@ class Contest:
     def time(self, name, tokens, rounds):
         if tokens in CHECKED_TOKENS:
             self.check(name, rounds[0])
-        return median_microseconds([self.rivals[name].bind(*arguments) for arguments in rounds])
+        return median_microseconds([self.rivals[name].bind(*arguments) for arguments in rounds], rested=self.rested)
 
     def row(self, tokens, ours, layer):
         layers, rounds = self.rounds(tokens)
@@ -98,7 +99,7 @@ class Contest:
             torch.cuda.empty_cache()
         active = sum(routing.active for routing in layers) / len(layers)
         return {"part": "rivals", "shape": self.shape.name, "tokens": tokens, "active": round(active, 1),
-                "rows": layers[0].rows, "us": times, "layer_us": layer, "absent": absent}
+                "rows": layers[0].rows, "us": times, "layer_us": layer, "absent": absent, "rested": self.rested}
 
     def compile(self, tokens):
         """Runs every rival once at each token count, so that what is compiled at run time is in its cache."""
@@ -112,10 +113,11 @@ class Contest:
                         print(self.shape.name, count, name, one_line(error), flush=True)
 
 
-def ours(program, shape, tokens):
-    command = [program, shape.name, *map(str, tokens)]
+def ours(program, shape, tokens, rested):
+    part = "rested" if rested else "gemms"
+    command = [program, *[part] * rested, shape.name, *map(str, tokens)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    return {row["tokens"]: row for row in map(json.loads, lines) if row["part"] == "gemms" and row["tile"] < 0}
+    return {row["tokens"]: row for row in map(json.loads, lines) if row["part"] == part and row["tile"] < 0}
 
 
 def our_layers(command, shape, tokens):
@@ -150,6 +152,7 @@ def show(row):
 def repeat(args):
     """The command, with words for what differs between machines."""
     words = ["bench/rivals/compare.py"] + ["--program PROGRAM"] * bool(args.program) + ["--command COMMAND"] * bool(args.command)
+    words += ["--rested"] * args.rested
     return " ".join(words + ["--output FILE", "--shapes", *args.shapes, "--tokens", *map(str, args.tokens), "--rivals", *args.rivals])
 
 
@@ -158,10 +161,10 @@ def measure(args):
     for name in args.shapes:
         rows += [row | {"shape": name} for row in run_torch()]
         print(rows[0], rows[-1], flush=True)
-        mine = ours(args.program, SHAPES[name], args.tokens) if args.program else {}
+        mine = ours(args.program, SHAPES[name], args.tokens, args.rested) if args.program else {}
         rows += mine.values()
-        layers = our_layers(args.command, SHAPES[name], args.tokens) if args.command else {}
-        contest = Contest(SHAPES[name], args.rivals)
+        layers = our_layers(args.command, SHAPES[name], args.tokens) if args.command and not args.rested else {}
+        contest = Contest(SHAPES[name], args.rivals, args.rested)
         print(f"{name}: absent {contest.absent}", flush=True)
         for tokens in args.tokens:
             rows.append(contest.row(tokens, mine[tokens]["both_us"] if mine else None, layers.get(tokens)))
@@ -192,6 +195,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--rested", action="store_true", help="with a pause before each replay, not under load")
     parser.add_argument("--warm", action="store_true", help="compile what is compiled at run time, measure nothing")
     args = parser.parse_args()
     torch.manual_seed(5)

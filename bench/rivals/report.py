@@ -29,8 +29,9 @@ def read(paths):
     return {"command": records[0]["command"], "rows": rows}
 
 
-def contests(rows):
-    return sorted((row for row in rows if row["part"] == "rivals"),
+def contests(rows, rested=False):
+    """Under load, or on a card that rested before each replay."""
+    return sorted((row for row in rows if row["part"] == "rivals" and row.get("rested", False) == rested),
                   key=lambda row: (list(SHAPES).index(row["shape"]), row["tokens"]))
 
 
@@ -51,11 +52,11 @@ def figures(rows, row):
     return rate, rate / ceilings["copy_TBps"], flops, flops / ceilings["dense_bf16_TFLOPs"]
 
 
-def print_table(rows, tokens):
+def print_table(rows, tokens, rested=False):
     print("| shape | T | experts | ours us | TB/s | of copy | TFLOP/s | of dense |", " | ".join(COLUMNS),
           "| layer us | Humming / layer |")
     print("|---" * (10 + len(COLUMNS)) + "|")
-    for row in contests(rows):
+    for row in contests(rows, rested):
         if tokens and row["tokens"] not in tokens:
             continue
         rate, of_copy, flops, of_dense = figures(rows, row)
@@ -67,11 +68,11 @@ def print_table(rows, tokens):
               f"| {flops:.0f} | {of_dense:.0%} |", " | ".join(cells), "|")
 
 
-def print_extremes(rows):
+def print_extremes(rows, rested=False):
     """Where each rival comes closest."""
     for heading, names in COLUMNS.items():
         ratios = [(fastest(row, names) / row["us"]["ours"], row["shape"], row["tokens"])
-                  for row in contests(rows) if fastest(row, names)]
+                  for row in contests(rows, rested) if fastest(row, names)]
         if not ratios:
             print(f"{heading}: not measured")
             continue
@@ -99,6 +100,11 @@ def draw(rows, folder):
                 axis.plot([tokens for tokens, *_ in line], values, "o-", markersize=3, label=heading,
                           linewidth=2.5 if heading == "ours" else 1.2, color="black" if heading == "ours" else
                           f"C{list(COLUMNS).index(heading)}")
+            rests = [row for row in contests(rows, rested=True) if row["shape"] == name]
+            if kind == "ratio" and rests:
+                heading, names = next(iter(COLUMNS.items()))
+                axis.plot([row["tokens"] for row in rests], [fastest(row, names) / row["us"]["ours"] for row in rests],
+                          "o--", markersize=3, linewidth=1.2, color="C0", label=f"{heading}, both rested")
             axis.set(title=name, xscale="log", yscale="log", xlabel="tokens")
             layers = [row for row in points if row.get("layer_us")]
             if kind == "ratio" and layers:
@@ -127,6 +133,10 @@ def main():
     record = read(args.records)
     print_table(record["rows"], args.tokens)
     print_extremes(record["rows"])
+    if contests(record["rows"], rested=True):
+        print("rested:")
+        print_table(record["rows"], args.tokens, rested=True)
+        print_extremes(record["rows"], rested=True)
     if args.output:
         args.output.write_text(json.dumps(record, indent=1) + "\n")
     if args.plots:

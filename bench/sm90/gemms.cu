@@ -18,6 +18,7 @@
 #include "backends/sm90/gemm2.h"
 #include "backends/sm90/tiles.h"
 #include "gpu/memory.h"
+#include "route/route.h"
 
 namespace fourmoe {
 namespace {
@@ -79,7 +80,7 @@ class Layer {
         multiprocessors_(multiprocessors),
         y_(max_slots * s.inter),
         z_(max_slots * s.hidden),
-        progress_(i64{kMostCalls} * (s.experts + 2)) {
+        progress_(kMostCalls * route::progress_words(s.experts)) {
     const DeviceVector<u8> first(noise(blob_bytes(rows1(s), s.hidden))), second(noise(blob_bytes(s.hidden, s.inter)));
     const i64 bytes = first.size() + second.size();
     std::vector<const std::byte*> one, two;
@@ -112,7 +113,9 @@ class Layer {
   void clear_progress(cudaStream_t stream) const {
     require(cudaMemsetAsync(progress_.data(), 0, progress_.size() * sizeof(u64), stream), "progress");
   }
-  Progress progress(int call) const { return {progress_.data() + i64{call} * (shape_.experts + 2), shape_.inter}; }
+  Progress progress(int call) const {
+    return {progress_.data() + call * route::progress_words(shape_.experts), shape_.inter};
+  }
 
   void gemm1(const Routing& r, int tile, const Progress& progress, cudaStream_t stream) const {
     Gemm1 call;
@@ -156,7 +159,8 @@ f64 median(std::vector<f64> values) {
   return values[values.size() / 2];
 }
 
-// A graph of before(stream) and `layers` calls of body(i, stream), replayed.
+// A graph of before(stream) and `layers` calls of body(i, stream), replayed. Both GEMMs of a call meet, each alone does
+// not: its tiles are dealt.
 class Replay {
  public:
   Replay(int layers, const std::function<void(cudaStream_t)>& before,
@@ -178,7 +182,7 @@ class Replay {
   }
 
   // Median microseconds a call, once the card has worked for a while: clocks fall under load within milliseconds, and
-  // a launch after a pause runs up to a third faster than a server ever sees.
+  // a launch after a pause runs up to a third faster than one behind others; or, rested, after pauses.
   f64 microseconds(bool rested) const {
     if (rested) return microseconds_rested();
     for (f64 spent = 0; spent < 120e3;) spent += once();
@@ -267,7 +271,9 @@ void measure_splits(const Shape& s, const std::vector<int>& batch, const std::ve
 void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int multiprocessors) {
   if (!choice.shape.empty() && choice.shape != s.name) return;
   if (!choice.tokens.empty()) batch = choice.tokens;
-  const auto layers_of = [](int tokens) { return tokens <= 8 ? 8 : tokens <= 64 ? 3 : 1; };  // cold weights each
+  const auto layers_of = [](int tokens) {
+    return tokens <= 8 ? Layer::kMostCalls : tokens <= 64 ? 3 : 1;
+  };  // cold weights each
   std::vector<std::vector<Routing>> all;
   i64 max_slots = 0;
   for (const int tokens : batch) {
@@ -293,9 +299,10 @@ void measure(const Shape& s, std::vector<int> batch, const Choice& choice, int m
       const f64 t1 = first.microseconds(choice.rested), t2 = second.microseconds(choice.rested);
       const f64 t = both.microseconds(choice.rested);
       std::printf(
-          "{\"part\": \"gemms\", \"shape\": \"%s\", \"tokens\": %d, \"active\": %.1f, \"tile\": %d, "
+          "{\"part\": \"%s\", \"shape\": \"%s\", \"tokens\": %d, \"active\": %.1f, \"tile\": %d, "
           "\"gemm1_us\": %.1f, \"gemm2_us\": %.1f, \"both_us\": %.1f, \"TBps\": %.3f, \"TFLOPs\": %.1f}\n",
-          s.name, batch[b], active, tile, t1, t2, t, bytes / t * 1e-6, flops / t * 1e-6);
+          choice.rested ? "rested" : "gemms", s.name, batch[b], active, tile, t1, t2, t, bytes / t * 1e-6,
+          flops / t * 1e-6);
       std::fflush(stdout);
     }
   }

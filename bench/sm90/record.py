@@ -26,6 +26,11 @@ def chosen_rows(rows):
     return {(row["shape"], row["tokens"]): row for row in rows if row["part"] == "gemms" and row["tile"] < 0}
 
 
+def rested_rows(rows):
+    """The same of a card that rested between replays."""
+    return {(row["shape"], row["tokens"]): row for row in rows if row["part"] == "rested" and row["tile"] < 0}
+
+
 def best_rows(rows):
     """The row of the fastest tile of a sweep, for each (shape, tokens)."""
     best = {}
@@ -45,11 +50,14 @@ def ceilings_of(rows, shape):
 def print_table(rows):
     print(next(row for row in rows if row["part"] == "device")["name"])
     print("shape               T  experts  gemm1 us  gemm2 us   both us   TB/s  of copy  TFLOP/s  of dense  best tile")
-    best = best_rows(rows)
+    best, rested = best_rows(rows), rested_rows(rows)
     for (shape, tokens), row in chosen_rows(rows).items():
         copy, dense = ceilings_of(rows, shape)
         other = best.get((shape, tokens))
         sweep = f"{other['tile']} ({row['both_us'] / other['both_us'] - 1:+.0%})" if other else ""
+        if (shape, tokens) in rested:
+            of_copy = rested[shape, tokens]["TBps"] / copy
+            sweep += f"  rested {rested[shape, tokens]['both_us']:.1f} us, {of_copy:.0%} of copy"
         print(f"{shape:14s} {tokens:6d} {row['active']:8.1f} {row['gemm1_us']:9.1f} {row['gemm2_us']:9.1f} "
               f"{row['both_us']:9.1f} {row['TBps']:6.2f} {row['TBps'] / copy:8.0%} {row['TFLOPs']:8.1f} "
               f"{row['TFLOPs'] / dense:9.0%}  {sweep}")
