@@ -1,8 +1,8 @@
 #!/bin/bash
-# Searches every interleaving of queue.pml: nothing is wrong in the protocol, and each mutant shows by what it breaks.
-# A line a search; ends with 77 where spin or a C compiler is missing. Usage: run.sh
+# Searches every interleaving of queue.pml and split.pml: nothing is wrong in the protocols, and each mutant shows by
+# what it breaks. A line a search; ends with 77 where spin or a C compiler is missing. Usage: run.sh
 set -uo pipefail
-model=$(cd "$(dirname "$0")" && pwd)/queue.pml
+models=$(cd "$(dirname "$0")" && pwd)
 compiler=${CC:-cc}
 for needed in spin "$compiler"; do
   command -v "$needed" > /dev/null || { echo "skipped: there is no $needed here"; exit 77; }
@@ -12,13 +12,14 @@ trap 'rm -rf "$folder"' EXIT
 cd "$folder" || exit
 failures=0
 
-# search LEVEL CHECK OPTION...: what spin says is in ./report. States take at most 1.5 GB; $packed for many.
+# search LEVEL CHECK OPTION...: of $model; what spin says is in ./report. States take at most 1.5 GB; $packed for many.
+model=queue.pml
 packed=
 search() {
   local level=$1 check=-DSAFETY look=()
   [ "$2" = cycles ] && check=-DNP look=(-l)
   shift 2
-  spin -a "$@" "$model" > report 2>&1 && "$compiler" "$level" -w "$check" $packed -DMEMLIM=1500 -o pan pan.c \
+  spin -a "$@" "$models/$model" > report 2>&1 && "$compiler" "$level" -w "$check" $packed -DMEMLIM=1500 -o pan pan.c \
     >> report 2>&1 && ./pan ${look[@]+"${look[@]}"} -m100000 -w22 > report 2>&1
 }
 
@@ -35,7 +36,7 @@ right() {
   search -O1 "$check" "$@"
   if ! grep -q 'errors: 0$' report || grep -Eq 'not completed|too small|out of memory' report; then
     say FAIL "$words" "$(grep -m1 '^pan:1:' report)"
-  elif [ "$check" = all ] && grep -E 'queue\.pml:[0-9]+, state' report | grep -qv -- '-end-'; then
+  elif [ "$check" = all ] && grep -E "${model//./\\.}:[0-9]+, state" report | grep -qv -- '-end-'; then
     say FAIL "$words" "a statement is never reached"
   else
     say ok "$words" "nothing wrong"
@@ -46,11 +47,11 @@ right() {
 declare -A printed=(
   ["deadlock"]='invalid end state'
   ["a launch does not end"]='non-progress cycle'
-  ["a tile was done twice"]='\(executed\[tile\]\)'
+  ["a tile was done twice"]='\(executed\[tile\]\)|done[12]\[tile\]'
   ["columns are numbers of rows that were not there"]='wrong\['
   ["a set was not clear"]='words\[.*==0'
   ["blocks of one launch use two sets"]='set\[b\]==used'
-  ["gemm2 read what gemm1 had not stored"]='y\[hit\]=='
+  ["gemm2 read what gemm1 had not stored"]='y\[hit\]==|stored\[expert\]=='
   ["gemm1 read rows that nobody had made"]='\(x\[hit\]'
   ["columns were not added up"]='summed\[i\]'
   ["columns were added up twice"]='!\(summed\['
@@ -113,5 +114,19 @@ mutant "a ticket is a load and a store" "a tile was done twice" -DMUTANT_TORN_TI
 mutant "a report is a load and a store" "deadlock" -DMUTANT_TORN -DPATIENT -DCOLUMNS=1
 mutant "who gave up stores numbers" "columns are numbers of rows that were not there" -DMUTANT_NUMBERS
 mutant "who gave up does not mark the launch" "a launch without its numbers is not marked" -DMUTANT_UNMARKED
+
+model=split.pml
+right all "split steps, 2 blocks, 0 to 2 experts"
+right wrong "split steps, 2 blocks in 1 place" -DPLACES=1
+right wrong "split steps, 3 blocks in 2 places" -DBLOCKS=3 -DPLACES=2 -DEXPERTS=1
+right wrong "split steps, room for both launches" -DPLACES=4 -DEXPERTS=1 -DTILES1=3 -DTILES2=2
+right cycles "split steps, every call ends"
+mutant "counters are not zeroed" "deadlock" -DMUTANT_NO_ZEROS
+mutant "a ticket of the split steps is a load and a store" "a tile was done twice" -DMUTANT_TORN_TICKET
+mutant "y is counted before it is stored" "gemm2 read what gemm1 had not stored" -DMUTANT_EARLY_REPORT
+mutant "gemm2 begins with the first of gemm1's blocks" "deadlock" -DMUTANT_BEGINS_WITH_FIRST
+mutant "gemm2 waits for any tile of an expert's y" "gemm2 read what gemm1 had not stored" -DMUTANT_ANY
+mutant "gemm2 waits for no tile" "gemm2 read what gemm1 had not stored" -DMUTANT_NO_WAIT
+mutant "gemm2 ends before gemm1" "a tile was done twice" -DMUTANT_ENDS_ALONE
 
 [ "$failures" -eq 0 ] || { echo "searches that ended otherwise: $failures"; exit 1; }

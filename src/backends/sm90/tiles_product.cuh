@@ -94,7 +94,9 @@ struct Product {
   __device__ void schedule(S& shared) const {
     u64* taken = progress.stored == nullptr ? nullptr : progress.stored + weights.experts + (kReports ? 0 : 1);
     gpu::Schedule<T>(shared.feed, shared.job.expert_begin, weights.experts, row_blocks<T>(weights), taken).run();
-    gpu::isa::wait_for_earlier();  // no launch ends before those that it follows
+    // No launch ends before those that it follows: a block of gemm1 that takes its last number late would take one of
+    // the next call's (tests/models/split.pml).
+    gpu::isa::wait_for_earlier();
   }
   using Scales = typename Epilogue::Scales;
   __device__ Scales scales(const gpu::Tile& tile) const { return epilogue.scales(tile.expert); }
