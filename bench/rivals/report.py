@@ -100,9 +100,9 @@ def draw(rows, folder):
                 axis.plot([tokens for tokens, *_ in line], values, "o-", markersize=3, label=heading,
                           linewidth=2.5 if heading == "ours" else 1.2, color="black" if heading == "ours" else
                           f"C{list(COLUMNS).index(heading)}")
-            rests = [row for row in contests(rows, rested=True) if row["shape"] == name]
+            heading, names = next(iter(COLUMNS.items()))
+            rests = [row for row in contests(rows, rested=True) if row["shape"] == name and fastest(row, names)]
             if kind == "ratio" and rests:
-                heading, names = next(iter(COLUMNS.items()))
                 axis.plot([row["tokens"] for row in rests], [fastest(row, names) / row["us"]["ours"] for row in rests],
                           "o--", markersize=3, linewidth=1.2, color="C0", label=f"{heading}, both rested")
             axis.set(title=name, xscale="log", yscale="log", xlabel="tokens")

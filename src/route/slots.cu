@@ -158,15 +158,14 @@ i32 sort_warps(i32 local, i32 bytes) {
   return warps;
 }
 
-Status set_expert_begin(const DeviceSlots& args, void* stream) {
-  const i64 local = args.problem.local_experts;
+// What sorting leaves behind where there is nothing to sort.
+Status clear_slots(const DeviceSlots& args, void* stream) {
+  const i32 local = args.problem.local_experts;
   const auto native = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaMemsetAsync(args.out.expert_begin, 0, (local + 1) * sizeof(i32), native);
-  if (error == cudaSuccess && args.out.progress != nullptr) {
-    error =
-        cudaMemsetAsync(args.out.progress, 0, route::progress_words(args.problem.local_experts) * sizeof(u64), native);
-  }
-  return gpu::to_status(error, "clearing of expert_begin");
+  const cudaError_t error = cudaMemsetAsync(args.out.expert_begin, 0, (local + 1) * sizeof(i32), native);
+  if (error != cudaSuccess || args.out.progress == nullptr) return gpu::to_status(error, "clearing of expert_begin");
+  return gpu::to_status(cudaMemsetAsync(args.out.progress, 0, progress_words(local) * sizeof(u64), native),
+                        "clearing of progress");
 }
 
 bool can_place_few(const DeviceSlots& args) {
@@ -232,7 +231,7 @@ Status launch_pick(const DeviceSlots& args, void* stream) {
 }
 
 Status launch_sort(const DeviceSlots& args, void* stream) {
-  if (args.tokens == 0) return set_expert_begin(args, stream);
+  if (args.tokens == 0) return clear_slots(args, stream);
   const i64 picks = i64{args.tokens} * args.problem.top_k;
   const i32 local = args.problem.local_experts;
   const Chunks chunks = {args, chunk_picks(picks)};

@@ -133,14 +133,14 @@ struct Gemm {
   Operands weights;
   const i32* expert_begin;
   Epilogue epilogue;
-  bool early_weights;
-  bool powers;  // scales are MXFP4's
+  bool tokens_late;  // as Product's
+  bool powers;       // scales are MXFP4's
   Progress progress;
 };
 
 template <class T, class Epilogue>
 Status launch_kernel(const Gemm<Epilogue>& gemm, i32 multiprocessors, void* stream) {
-  Product<T, Epilogue> job{{}, gemm.weights, gemm.expert_begin, gemm.epilogue, gemm.early_weights, gemm.progress};
+  Product<T, Epilogue> job{{}, gemm.weights, gemm.expert_begin, gemm.epilogue, gemm.tokens_late, gemm.progress};
   for (int width = 0; width < T::kWidths; ++width) {
     const Status status = gpu::map_rows(gemm.rows, T::size(width), &job.maps[width]);
     if (!status.ok()) return status;
