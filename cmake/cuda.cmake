@@ -15,16 +15,21 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_FLAGS_RELWITHDEBINFO "-O3 -lineinfo -DNDEBUG")
 find_package(CUDAToolkit REQUIRED)
 
-function(fourmoe_add_cuda name architectures)
-  if(NOT ARGN)
-    return()
-  endif()
+# Objects of a room's sources.
+function(fourmoe_compile_cuda name architectures)
   add_library(${name} OBJECT ${ARGN})
   set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_VISIBILITY_PRESET hidden)
-  target_include_directories(${name} PRIVATE src)
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/src)
   target_compile_definitions(${name} PRIVATE FOURMOE_CUDA)
   target_compile_options(${name} PRIVATE --expt-relaxed-constexpr -Werror all-warnings)
-  target_sources(fourmoe_core PRIVATE $<TARGET_OBJECTS:${name}>)
+endfunction()
+
+# Likewise, in the core.
+function(fourmoe_add_cuda name architectures)
+  if(ARGN)
+    fourmoe_compile_cuda(${name} "${architectures}" ${ARGN})
+    target_sources(fourmoe_core PRIVATE $<TARGET_OBJECTS:${name}>)
+  endif()
 endfunction()
 
 file(GLOB_RECURSE FOURMOE_CUDA_SOURCES CONFIGURE_DEPENDS src/*.cu)

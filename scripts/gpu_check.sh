@@ -16,7 +16,7 @@ check() { "${@:2}" || failed+=("$1"); }
 
 build_all() {
   cmake -S . -B "$build" -G Ninja --log-level=WARNING -DFOURMOE_CUDA=ON > "$logs/build.log"
-  local targets=(fourmoe_gpu_tests fourmoe_gpu_api_tests fourmoe_tool fourmoe_bench_gemms fourmoe_bench_route)
+  local targets=(fourmoe_gpu_tests fourmoe_race_tests fourmoe_gpu_api_tests fourmoe_tool fourmoe_bench_gemms fourmoe_bench_route)
   has_package && targets+=(fourmoe_package)
   cmake --build "$build" --target "${targets[@]}" > "$logs/build.log" 2>&1 || { grep -A 20 FAILED "$logs/build.log" >&2; exit 1; }
   echo "built in $SECONDS s"
@@ -27,14 +27,11 @@ has_package() { [ -f "$build/python/cmake_install.cmake" ]; }  # where python3 h
 few='*Small*:*Refuse*:*Zero*:*EveryPrecision.Shared*:*EveryPrecision.Duplicate*:*EveryPrecision.Refit*'
 few+=':*EveryType*:*LogitsAre*:*Ties*:QuantisedTokens.*:*ComeQuantised*'
 few+=':PackingSmall.*:PackingRefusal.*:DeviceWeights.*Freed:DeviceWeights.Stacks*:DeviceWeights.Copies*'
-# racecheck sees shared memory alone: the GEMMs, picks and slots (few, many, given), logits.
+# racecheck sees shared memory alone: the GEMMs, picks and slots (few, many, given), logits; beside it the one launch.
 shared='*Gemms.Small*:DeviceRoute.SmallCalls:DeviceRoute.*OfEveryType:DeviceRows.LogitsAre*'
 timed='*Replays.*:*EveryWait.*'  # tests
-check_with() {
-  local tool=$1 filter=$few
-  [ "$tool" = racecheck ] && filter=$shared
-  timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 \
-    --gtest_filter="$filter" > "$logs/$tool" 2>&1
+check_with() {  # TOOL PROGRAM FILTER
+  timeout 300 compute-sanitizer --tool "$1" --error-exitcode 1 "$build/tests/$2" --gtest_brief=1 --gtest_filter="$3"
 }
 check_package() {
   local name status=0
@@ -53,9 +50,13 @@ run_checks() {
   # All at the same time, since each mostly waits for the host.
   export PYTHONPATH=$build/python FOURMOE_BUILD=$build FOURMOE_SOURCE=$PWD FOURMOE_COMMAND=$build/fourmoe
   local -A checks
-  local tool name lines
+  local name lines
   "$build/tests/fourmoe_gpu_tests" --gtest_brief=1 --gtest_filter="-$timed" > "$logs/tests" 2>&1 & checks[tests]=$!
-  for tool in memcheck synccheck initcheck racecheck; do check_with "$tool" & checks[$tool]=$!; done
+  for name in memcheck synccheck initcheck; do
+    check_with "$name" fourmoe_gpu_tests "$few" > "$logs/$name" 2>&1 & checks[$name]=$!
+  done
+  check_with racecheck fourmoe_race_tests "$shared" > "$logs/racecheck" 2>&1 & checks[racecheck]=$!
+  check_with racecheck fourmoe_race_tests 'OneLaunch.Small*' > "$logs/race_whole" 2>&1 & checks[race_whole]=$!
   if has_package; then check_package > "$logs/package" 2>&1 & checks[package]=$!; fi
   python3 tests/sass_loops.py "$build/fourmoe" > "$logs/loops" 2>&1 & checks[loops]=$!
   for name in "${!checks[@]}"; do

@@ -61,7 +61,7 @@ class Reader {
   }
   __device__ __forceinline__ void pop() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) isa::barrier_arrive(&feed_.ring.empty[cursor_.stage]);
+    arrive(&feed_.ring.empty[cursor_.stage]);
     cursor_.advance();
   }
   __device__ __forceinline__ Tile next() {

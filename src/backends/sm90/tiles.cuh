@@ -212,7 +212,7 @@ __device__ __forceinline__ void multiply_unit(const View<T>& view, int unit, con
 // A warp lets go of a stage.
 template <class T>
 __device__ __forceinline__ void release(Shared<T>& shared, int stage) {
-  if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.ring.empty[stage]);
+  gpu::arrive(&shared.ring.empty[stage]);
 }
 
 // A warpgroup: sums of its row tiles over its K steps, T::kSteps of each stage. While one unit's products are at work
@@ -294,7 +294,7 @@ __device__ __forceinline__ void hand_over(Shared<T>& shared, int turn, int steps
     shared.handed.sums[place][group * T::kRows + r][thread] = empty ? float4{0.0f, 0.0f, 0.0f, 0.0f} : sums;
   }
   __syncwarp();
-  if (thread % 32 == 0) gpu::isa::barrier_arrive(&shared.handed.ring.full[place]);
+  gpu::arrive(&shared.handed.ring.full[place]);
 }
 
 // A warpgroup: its row tiles' sums to the job. Each takes the first one's place: an epilogue is long, and code that
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) multiply_tiles(const __grid_co
   if (threadIdx.x == 0) {
     shared.ring.init(2, kConsumers);
     shared.feed.ring.init(1, kConsumers + 2 + kFinishers + (Job::kReports ? 1 : 0));
-    if constexpr (T::kHanded > 0) shared.handed.ring.init(kConsumers, kFinishers);
+    if constexpr (T::kHanded > 0) shared.handed.ring.init(kConsumers * gpu::kArrivals, kFinishers);
   }
   if (!job.early()) gpu::isa::wait_for_earlier();
   gpu::isa::release_later();

@@ -87,7 +87,8 @@ struct Product {
     if (threadIdx.x > 0) return;
     own.asked = 0, own.known = 0;
     if constexpr (kReports) {
-      for (u64& barrier : own.stored) gpu::isa::barrier_init(&barrier, 4 * (T::kSplit ? 1 : T::kGroups));
+      for (u64& barrier : own.stored)
+        gpu::isa::barrier_init(&barrier, 4 * (T::kSplit ? 1 : T::kGroups) * gpu::kArrivals);
       gpu::isa::barrier_fence_init();
     }
   }
@@ -109,7 +110,7 @@ struct Product {
   __device__ __forceinline__ void stored(S& shared, int place) const {
     if constexpr (kReports) {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.job.stored[place]);
+      gpu::arrive(&shared.job.stored[place]);
     }
   }
   // A warp of its own, for a release takes until the stores before it are done.

@@ -117,7 +117,7 @@ struct Layer : Picker<T, kSingle, kByPick> {
     if (threadIdx.x == 0) {
       found.late = found.made = false;
       gpu::isa::barrier_init(&found.came, 1);
-      found.stored.init(4, 1);
+      found.stored.init(4 * gpu::kArrivals, 1);
     }
     this->prepare_list(shared);
     if (threadIdx.x == 32) {
@@ -207,10 +207,8 @@ struct Layer : Picker<T, kSingle, kByPick> {
       if (tile.width == 1 || kSingle) continue;
       gpu::wait(&shared.job.stored.full[cursor.stage], cursor.lap);
       const int rows = min(T::kRowTiles, gemms[0].row_tiles - tile.row_block * T::kRowTiles);
-      if (threadIdx.x % 32 == 0) {
-        queue.report_rows(shared.job.set, tile.slot, rows);
-        gpu::isa::barrier_arrive(&shared.job.stored.empty[cursor.stage]);
-      }
+      if (threadIdx.x % 32 == 0) queue.report_rows(shared.job.set, tile.slot, rows);
+      gpu::arrive(&shared.job.stored.empty[cursor.stage]);
       cursor.advance();
     }
   }
@@ -433,10 +431,10 @@ struct Layer : Picker<T, kSingle, kByPick> {
       if (r + 1 < rows) lines = epilogue<kWidth>().lines(place(r + 1), scales);
     }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.handed.ring.empty[turn % T::kHanded]);
+    gpu::arrive(&shared.handed.ring.empty[turn % T::kHanded]);
     if (kWidth == 1 || kSingle) return;
     gpu::wait(&shared.job.stored.empty[turn % 2], (turn / 2 & 1) ^ 1);  // tiles of y come first
-    if (threadIdx.x % 32 == 0) gpu::isa::barrier_arrive(&shared.job.stored.full[turn % 2]);
+    gpu::arrive(&shared.job.stored.full[turn % 2]);
   }
 };
 

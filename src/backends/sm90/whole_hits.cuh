@@ -90,7 +90,7 @@ struct Picker {
       found.list[hit].columns = 0;
     if (threadIdx.x != 0) return;
     found.refused = false;
-    gpu::isa::barrier_init(&found.ready, 1);
+    gpu::isa::barrier_init(&found.ready, (alone() ? 1 : kPickers) * gpu::kArrivals);
     gpu::isa::barrier_init(&found.table, 1);
     gpu::isa::barrier_fence_init();
     fetch_table(shared);
@@ -110,7 +110,7 @@ struct Picker {
       const route::Choice choice = route::choose(slots, team, sync, [] { gpu::isa::wait_for_earlier(); });
       if (route::has_pick(slots, team)) note(shared, team, choice);
       if (alone()) {
-        if (warp == 0) list_token(shared);
+        if (warp == 0) list_token(shared), announce(shared);
         return;
       }
       sync();  // a team's memory is the next one's
@@ -122,8 +122,7 @@ struct Picker {
     gpu::wait(&shared.job.table, 0);
     for (int token = warp; token < slots.tokens; token += kPickers) list_hits(shared, token);
     if (index < teams) gpu::isa::fence_async_proxy();  // whose memory the ring's copies take over
-    sync();
-    if (threadIdx.x == 0) gpu::isa::barrier_arrive(&shared.job.ready);
+    announce(shared);
   }
 
   // One warp finds all.
@@ -163,6 +162,12 @@ struct Picker {
   __device__ void take(S& shared, int expert, int token) const {
     if (many()) atomicOr(&takers_of(shared)[expert].tokens[token / 32], 1u << token % 32);
     else atomicOr(&shared.job.experts[0][expert / 32], 1u << expert % 32);
+  }
+
+  // A warp: its part of the list is made.
+  __device__ static void announce(S& shared) {
+    __syncwarp();
+    gpu::arrive(&shared.job.ready);
   }
 
   // A warp, a lane an expert: every eighth of those that take it begins a hit.
@@ -207,7 +212,7 @@ struct Picker {
     return hits;
   }
 
-  // The warp that picked for the only token: its hits in the order of its picks. Ends with the list announced.
+  // The warp that picked for the only token: its hits in the order of its picks.
   __device__ void list_token(S& shared) const {
     Found& found = shared.job;
     const int lane = threadIdx.x % 32, first = shared_hits();
@@ -222,8 +227,6 @@ struct Picker {
     if (shared_expert && lane == 0) add_shared(shared, 0);
     if (lane == 0) found.hits = first + __popc(leaders);
     gpu::isa::fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) gpu::isa::barrier_arrive(&found.ready);
   }
 
   // Picks have rows of their own, and those of the shared expert follow. An expert picked twice has the first one's.
