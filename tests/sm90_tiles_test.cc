@@ -117,6 +117,16 @@ TEST(TileChoice, TakesWhatWasBest) {
             "4x1x4:8,8+h3+d4");                                  // gpt-oss-120b, 24, whose rows fill no blocks: 3.6 %
   EXPECT_EQ(whole(24, 32, 128, 64 * 8, false), "4x2x4:8,8+h2");  // Qwen3-30B, 64: 5 %
   EXPECT_EQ(whole(48, 64, 128, 64 * 8, false), "4x2x4:8,8+h2");  // Qwen3-235B, 64: 5 %
+  const auto by_pick = [](int rows1, int rows2, i32 experts, i64 picks) {  // 2026-11-30-sm90-w4a4.json
+    LayerLoad load{{rows1, rows2}, experts, picks, true};
+    load.by_pick = true;
+    return name_of(kTileShapes[choose_whole(load, 132)]);
+  };
+  EXPECT_EQ(by_pick(64, 64, 256, 3 * 6), "4x1x7s:8,8+f3+h3");  // V4-Flash, three: 10 %
+  EXPECT_EQ(by_pick(29, 42, 128, 6 * 6), "4x1x7s:8,8+f3+h3");  // Nemotron-3 Nano, six: 5 %
+  EXPECT_EQ(by_pick(64, 112, 256, 2 * 8), "4x1x4:8,8+h3+d4");  // DSV3, two: 4 %
+  EXPECT_EQ(by_pick(16, 32, 256, 32 * 8), "4x1x4:8,8+h3+d4");  // H2048 I512, 32: 5 %
+  EXPECT_EQ(by_pick(64, 112, 256, 8 * 8), "4x2x4:8,8+h2");     // DSV3, eight: 1 %
   const auto gemm = [](bool first, int rows, i32 experts, i64 picks) {
     return name_of(kTileShapes[choose({rows, experts, picks, true, first}, 132)]);
   };

@@ -123,15 +123,16 @@ int choose(const Load& load, i32 multiprocessors) {
 
 // Tiles of both GEMMs stand in one queue, which evens out what the finest tiles leave. A block that gets three tiles
 // must not take three ahead; where there are many, those of 512 rows take fewer instructions, unless rows are left
-// over. Fitted likewise.
+// over. Fitted likewise; for picks with rows of their own, to bench/results/2026-11-30-sm90-w4a4.json.
 int choose_whole(const LayerLoad& load, i32 multiprocessors) {
   if (!(load.form == Form{})) return choose(load.form, kWholeTile, kAllTileShapes);
   const f64 hits = expected_hits(load.experts, load.slots);
   const f64 tiles = hits * (load.row_tiles[0] + load.row_tiles[1]) / multiprocessors;  // of 64 rows, for each of them
-  if (load.split && tiles < 16.5) return tiles < 3.2 && !load.by_pick ? kWholeFewTile : kWholeTile;
+  if (load.split && tiles < (load.by_pick ? 19 : 16.5))
+    return tiles < 3.2 && !load.by_pick ? kWholeFewTile : kWholeTile;
   const auto blocks = [&](int gemm) { return (load.row_tiles[gemm] + 7) / 8; };  // of 512 rows
   const bool fill = (blocks(0) + blocks(1)) * 8 <= 1.05 * (load.row_tiles[0] + load.row_tiles[1]);
-  return tiles < 51.5 || !fill ? kWholeTile + 1 : kWholeTile + 2;
+  return tiles < (load.by_pick ? 73 : 51.5) || !fill ? kWholeTile + 1 : kWholeTile + 2;
 }
 
 int choose(const Form& form, int first, int end) {

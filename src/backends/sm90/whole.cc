@@ -56,7 +56,7 @@ bool suits(const Problem& problem, const Machine& machine, i64 tokens) {
   const LayerLoad load = load_of(problem, tokens);
   const f64 mean = static_cast<f64>(load.slots) / problem.experts;
   const i32 tiles = load.experts * (load.row_tiles[0] + load.row_tiles[1]);
-  return mean <= (load.by_pick || tiles < 25 * device_of(machine)->sms ? 2.2 : 4.2);
+  return mean <= (tiles < 25 * device_of(machine)->sms ? 2.2 : load.by_pick ? 3.1 : 4.2);
 }
 
 [[maybe_unused]] Whole bind(const Bound& bound) {
