@@ -244,22 +244,35 @@ INSTANTIATE_TEST_SUITE_P(Device, SharedExpert,
                          [](const auto& at) { return std::string(at.param.name); });
 
 // For the sanitizers: a token alone, few by columns, more by hits; picked for by one warp each and by several; tiles
-// that split K; picks with rows of their own.
+// that split K; picks with rows of their own; two planes; experts that are not quantised.
 TEST(OneLaunch, SmallIsNearTheSplitSteps) {
   FOURMOE_NEEDS_HOPPER();
-  const std::pair<i32, Precision> kinds[] = {{8, Precision::w4a16}, {512, Precision::w4a16}, {8, Precision::w4a4}};
-  for (const auto& [experts, precision] : kinds) {
+  const struct {
+    i32 experts;
+    Precision precision = Precision::w4a16;
+    Dtype hidden = Dtype::bf16;
+    format::Encoding encoding = format::Encoding::nvfp4;
+    bool splits_k = true;  // has shapes that do
+  } kinds[] = {{8},
+               {512},
+               {8, Precision::w4a4},
+               {8, Precision::w4a16, Dtype::f16, format::Encoding::nvfp4, false},
+               {8, Precision::w4a16, Dtype::bf16, format::Encoding::bf16, false}};
+  for (const auto& kind : kinds) {
     Spec s;
-    s.problem = cases::problem(320, 80, experts, 3);
-    s.problem.precision = precision;
+    s.problem = cases::problem(320, 80, kind.experts, 3);
+    s.problem.precision = kind.precision;
+    s.problem.encoding = kind.encoding;
+    s.hidden = kind.hidden;
     LayerOptions how = options();
-    how.precision = precision;
+    how.precision = kind.precision;
     const checkpoint::Layer weights = cases::random_layer(s.problem, 3, true);
     for (const bool invariant : {true, false}) {
+      if (!invariant && !kind.splits_k) continue;
       how.batch_invariant = invariant;
       Layer layer(weights, how);
       for (const i32 tokens : {1, 3, 11}) {
-        SCOPED_TRACE(std::to_string(experts) + " experts, " + std::to_string(tokens) + " tokens");
+        SCOPED_TRACE(std::to_string(&kind - kinds) + ". kind, " + std::to_string(tokens) + " tokens");
         s.tokens = tokens;
         const cases::Call call(s);
         std::vector<f32> logits = random_logits(layer.problem(), tokens, tokens);
