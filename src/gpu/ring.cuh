@@ -38,7 +38,7 @@ struct Ring {
   u64 full[kStages];
   u64 empty[kStages];
 
-  // One thread, before the block's first sync.
+  // One thread, before the block's first sync. loads: arrivals that fill a stage.
   __device__ void init(u32 loads, u32 consuming_warps) {
     for (int s = 0; s < kStages; ++s) {
       isa::barrier_init(&full[s], loads);
