@@ -80,6 +80,16 @@ class ReportTest(unittest.TestCase):
         self.assertIn("| 2.00 |", line)
         self.assertEqual(len(report.contests(self.rows())), 1)
 
+    def test_the_first_record_of_a_shape_counts(self):
+        older = [row for row in ROWS if not row.get("rested")] + [dict(ROWS[4], shape="dsv3", us={"ours": 7.0})]
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [pathlib.Path(folder) / name for name in ("new.json", "old.json")]
+            for path, rows in zip(paths, (ROWS, older)):
+                path.write_text(json.dumps({"command": "x", "rows": rows}))
+            rows = report.read(paths)["rows"]
+        self.assertEqual([(row["shape"], row["run"]) for row in report.contests(rows)], [("dsv3", 1), ("qwen3-30b", 0)])
+        self.assertEqual(len(report.contests(rows, rested=True)), 1)
+
     def test_losses_are_named(self):
         text = printed(report.print_extremes, self.rows())
         self.assertIn("slower than it: qwen3-30b T=8 (0.90)", text)
