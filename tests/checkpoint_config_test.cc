@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "checkpoint/config.h"
+#include "checkpoint/json.h"
 #include "status.h"
 
 namespace fourmoe::checkpoint {
@@ -25,6 +26,23 @@ void expect_refused(const std::string& text, Reason reason, const std::vector<st
     EXPECT_NE(what.find("config.json"), std::string::npos) << what;
     for (const std::string& word : words) EXPECT_NE(what.find(word), std::string::npos) << what << " | lacks " << word;
   }
+}
+
+// A model's list of modules, six times DeepSeek-V3's: minutes where a parser looks at all of it for every part.
+TEST(Json, TakesATimeThatGrowsWithTheText) {
+  std::string modules;
+  for (int i = 0; i < 300'000; ++i) modules += (i == 0 ? "\"m" : ",\"m") + std::to_string(i) + "\":{}";
+  EXPECT_EQ(parse_json("{\"modules\":{" + modules + "}}", "config.json").at("modules").size(), 300'000u);
+  EXPECT_THROW(parse_json("{\"modules\":{" + modules + ",\"m7\":{}}}", "config.json"), Error);
+}
+
+TEST(Json, IsNestedSoDeepAndNoDeeper) {
+  const auto nested = [](int depth) {
+    return "{\"a\":" + std::string(depth - 1, '[') + std::string(depth - 1, ']') + "}";
+  };
+  EXPECT_NO_THROW(parse_json(nested(64), "config.json"));
+  EXPECT_THROW(parse_json(nested(65), "config.json"), Error);
+  EXPECT_THROW(parse_json(nested(1 << 20), "config.json"), Error);
 }
 
 TEST(Config, deepseek_v3) {

@@ -2,7 +2,7 @@
 
 #include <fmt/format.h>
 
-#include <set>
+#include <unordered_set>
 #include <vector>
 
 #include "checkpoint/mapped_file.h"
@@ -46,24 +46,39 @@ std::string replace_constants(std::string_view text) {
   return out;
 }
 
-// Refuses depth and duplicate keys while the document is built.
-class Guard {
+// Reads a document for what a parser lets pass: refuses depth and duplicate keys. Faults are the parser's to report. A
+// pass of its own: json::parse with a callback searches all of an object for what was left out whenever a part of it
+// ends, which takes 13 s for the 46,848 modules that a quantised DeepSeek-V3 names.
+class Guard final : public nlohmann::json_sax<json> {
  public:
   explicit Guard(std::string_view file) : file_(file) {}
 
-  bool operator()(int depth, json::parse_event_t event, json& value) {
-    if (depth > kDeepest) malformed(file_, fmt::format("the JSON is nested deeper than {}", kDeepest));
-    if (event == json::parse_event_t::object_start) keys_.emplace_back();
-    if (event == json::parse_event_t::object_end) keys_.pop_back();
-    if (event == json::parse_event_t::key && !keys_.back().insert(value.get<std::string>()).second) {
-      malformed(file_, fmt::format("key {} occurs twice", quote(value.get_ref<const std::string&>())));
-    }
+  bool start_object(std::size_t) override { return keys_.emplace_back(), deeper(); }
+  bool end_object() override { return keys_.pop_back(), --depth_, true; }
+  bool start_array(std::size_t) override { return deeper(); }
+  bool end_array() override { return --depth_, true; }
+  bool key(std::string& key) override {
+    if (!keys_.back().insert(key).second) malformed(file_, fmt::format("key {} occurs twice", quote(key)));
+    return true;
+  }
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(json::number_integer_t) override { return true; }
+  bool number_unsigned(json::number_unsigned_t) override { return true; }
+  bool number_float(json::number_float_t, const std::string&) override { return true; }
+  bool string(std::string&) override { return true; }
+  bool binary(json::binary_t&) override { return true; }
+  bool parse_error(std::size_t, const std::string&, const json::exception&) override { return false; }
+
+ private:
+  bool deeper() {
+    if (++depth_ > kDeepest) malformed(file_, fmt::format("the JSON is nested deeper than {}", kDeepest));
     return true;
   }
 
- private:
   std::string_view file_;
-  std::vector<std::set<std::string>> keys_;
+  int depth_ = 0;
+  std::vector<std::unordered_set<std::string>> keys_;
 };
 
 }  // namespace
@@ -71,11 +86,10 @@ class Guard {
 json parse_json(std::string_view text, std::string_view file) {
   if (text.size() > kLargestText) malformed(file, fmt::format("{} bytes are too large for a JSON file", text.size()));
   try {
+    const std::string plain = replace_constants(text);
     Guard guard(file);
-    const json::parser_callback_t callback = [&guard](int depth, json::parse_event_t event, json& value) {
-      return guard(depth, event, value);
-    };
-    json document = json::parse(replace_constants(text), callback);
+    json::sax_parse(plain, &guard);
+    json document = json::parse(plain);
     if (!document.is_object()) malformed(file, "the JSON is not an object");
     return document;
   } catch (const json::exception& error) {
