@@ -1,7 +1,6 @@
 #include "checkpoint/quantize_output.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -12,6 +11,7 @@
 #include "checkpoint/mapped_file.h"
 #include "format/number.h"
 #include "status.h"
+#include "temporary.h"
 
 namespace fourmoe::checkpoint {
 namespace {
@@ -134,9 +134,8 @@ std::vector<fs::path> list_side_files(const fs::path& folder, std::vector<std::s
 }
 
 Publication::Publication(const fs::path& out) : out_(out) {
-  const std::string name = out_.filename().string();
-  folder_ = out_.parent_path() / fmt::format(".{}.{}.partial", name, ::getpid());
-  replaced_ = out_.parent_path() / fmt::format(".{}.{}.replaced", name, ::getpid());
+  folder_ = temporary_beside(out_, "partial");
+  replaced_ = temporary_beside(out_, "replaced");
   std::error_code error;
   if (!fs::create_directory(folder_, error) || error) {
     throw Error(Reason::write_failed, fmt::format("{} cannot be created: {}", folder_.string(),

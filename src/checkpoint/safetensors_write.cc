@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -11,6 +10,7 @@
 
 #include "checkpoint/safetensors.h"
 #include "status.h"
+#include "temporary.h"
 
 namespace fourmoe::checkpoint {
 namespace {
@@ -61,18 +61,11 @@ std::string build_header(const std::vector<TensorToDeclare>& tensors, const Meta
   return std::string(reinterpret_cast<const char*>(&length), 8) + text;
 }
 
-// Unique within this host: process and a count.
-std::filesystem::path temporary_beside(const std::filesystem::path& path) {
-  static std::atomic<int> count{0};
-  const std::string name = fmt::format(".{}.{}-{}.partial", path.filename().string(), ::getpid(), count++);
-  return path.parent_path() / name;
-}
-
 }  // namespace
 
 SafetensorsWriter::SafetensorsWriter(std::filesystem::path path, std::vector<TensorToDeclare> tensors,
                                      const Metadata& metadata)
-    : path_(std::move(path)), temporary_(temporary_beside(path_)), tensors_(std::move(tensors)) {
+    : path_(std::move(path)), temporary_(temporary_beside(path_, "partial")), tensors_(std::move(tensors)) {
   const std::string header = build_header(tensors_, metadata, path_, &data_bytes_);
   descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (descriptor_ < 0) failed(temporary_, std::string("cannot be created: ") + std::strerror(errno));

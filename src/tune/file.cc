@@ -8,6 +8,7 @@
 #include <fstream>
 #include <iterator>
 
+#include "temporary.h"
 #include "tune/book.h"
 
 namespace fourmoe::tune {
@@ -39,7 +40,7 @@ class Lock {
 };
 
 void replace(const std::string& path, const std::string& text) {
-  const std::string temporary = fmt::format("{}.{}.partial", path, ::getpid());  // threads exclude each other by Lock
+  const fs::path temporary = temporary_beside(path, "partial");
   std::ofstream out(temporary, std::ios::binary);
   out << text;
   out.close();
