@@ -31,6 +31,7 @@ void watch_for_interrupts() {
   for (const int number : {SIGINT, SIGTERM, SIGHUP}) {  // nohup, and & in a script, keep their meaning
     if (signal(number, remember) == SIG_IGN) signal(number, SIG_IGN);
   }
+  signal(SIGXFSZ, SIG_IGN);  // a file beyond its limit is an error of the write, after which nothing is left behind
 }
 
 Progress::Progress(std::string title)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pty
+import resource
 import shutil
 import signal
 import struct
@@ -293,6 +294,46 @@ class Run(Case):
         self.assertEqual((copy / "config.json").read_bytes(), (TINY / "nvfp4" / "config.json").read_bytes())
         self.refuses(1, "folder does not exist", "run", copy, "--layer", 0, "--input", self.input, "--output",
                      self.scratch / "no" / "y.safetensors")
+        self.refuses(1, "would be taken for one", "run", copy, "--layer", 0, "--input", self.input, "--output",
+                     copy / "new.safetensors")
+
+    def test_no_part_of_the_checkpoint_is_the_output(self):
+        self.captured()
+        cut, linked, blob = self.scratch / "cut", self.scratch / "linked", self.scratch / "blob"
+        shards = [cut / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        for folder in (cut, linked):
+            shutil.copytree(TINY / "nvfp4", folder)
+        shutil.move(cut / "model.safetensors", shards[0])
+        shutil.copy(shards[0], shards[1])
+        shutil.move(linked / "model.safetensors", blob)
+        (linked / "model.safetensors").symlink_to("../blob")
+        before = blob.read_bytes()
+        for path, output in ((shards[0], shards[1]), (linked, blob), (linked / "model.safetensors", blob)):
+            self.refuses(1, "file of the checkpoint", "run", path, "--layer", 0, "--input", self.input, "--output",
+                         output)
+            self.refuses(1, "file of the checkpoint", "bench", path, "--tokens", 1, "--seconds", 0, "--output", output)
+            self.assertEqual(output.read_bytes(), before)
+        # A file beside one that is whole in itself is none of its parts: the second run replaces the first one's.
+        for _ in range(2):
+            self.succeeds("run", shards[0], "--layer", 0, "--input", self.input, "--output", cut / "y.safetensors")
+
+    def test_a_link_is_never_the_output(self):
+        self.captured()
+        link, target = self.scratch / "link.safetensors", self.scratch / "target.safetensors"
+        link.symlink_to(target)
+        for command in (("run", TINY / "nvfp4", "--layer", 0, "--input", self.input),
+                        ("bench", "--shape", "64,32,4,2", "--tokens", 1, "--seconds", 0)):
+            self.refuses(1, "is a link", *command, "--output", link)
+            self.refuses(1, "is a link", *command, "--output", "/dev/stdout")
+        self.assertTrue(link.is_symlink() and not target.exists())
+
+    def test_a_file_beyond_its_limit(self):
+        self.captured()
+        done = subprocess.run([COMMAND, "run", TINY / "nvfp4", "--layer", "0", "--input", self.input, "--output",
+                               self.output], capture_output=True, text=True, timeout=60,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)))
+        self.assertEqual((done.returncode, "File too large" in done.stderr), (1, True), done.stderr)
+        self.assertEqual([path.name for path in self.scratch.iterdir()], [self.input.name])
 
     def test_wrong_paths(self):
         self.captured()
@@ -307,8 +348,7 @@ class Run(Case):
         self.refuses(1, "is a file of the checkpoint", *same, TINY / "nvfp4" / "model.safetensors")
         self.refuses(1, "write_failed", *same, self.scratch / "no" / "folder.safetensors")
         (self.scratch / "loop").symlink_to("loop")
-        self.refuses(1, f"file_unreadable: {self.scratch}/loop: Too many levels of symbolic links", *same,
-                     self.scratch / "loop")
+        self.refuses(1, "loop is a link", *same, self.scratch / "loop")
         self.refuses(1, "File name too long", *same, self.scratch / ("y" * 300))
 
 
