@@ -107,7 +107,8 @@ LayerOptions convert(const fourmoe_options* given, std::unique_ptr<Executor>* ho
   if (given->tuning != nullptr) options.tuning = given->tuning;
   options.precision = checked("options.precision", given->precision, Precision::w4a8_int8);
   require(given->max_tokens >= 0, fmt::format("options.max_tokens is {}, expected at least 0", given->max_tokens));
-  require(given->threads >= 0, fmt::format("options.threads is {}, expected at least 0", given->threads));
+  require(given->threads >= 0 && given->threads <= kMostThreads,
+          fmt::format("options.threads is {}, expected 0 to {}", given->threads, kMostThreads));
   if (given->max_tokens > 0) options.max_tokens = given->max_tokens;
   if (given->executor == nullptr) {
     options.executor = &tbb_executor(given->threads);

@@ -6,11 +6,15 @@
 #include <oneapi/tbb/task_arena.h>
 #include <oneapi/tbb/task_scheduler_observer.h>
 #include <sched.h>
+#include <unistd.h>
 
+#include <latch>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 namespace fourmoe {
@@ -49,12 +53,35 @@ class Pins final : public tbb::task_scheduler_observer {
   std::vector<int> cores_;
 };
 
+// How many of so many threads can be had, this one among them. A limit on processes may allow fewer, and a thread of
+// oneTBB that cannot start the next ends the process.
+i32 startable(i32 wanted) {
+  std::latch done(1);
+  std::vector<std::thread> others;
+  others.reserve(wanted);
+  try {
+    while (static_cast<i32>(others.size()) + 1 < wanted) others.emplace_back([&done] { done.wait(); });
+  } catch (const std::system_error&) {  // the limit
+  }
+  done.count_down();
+  for (std::thread& other : others) other.join();
+  return static_cast<i32>(others.size()) + 1;
+}
+
+// Whether this process is a fork of the one in which executors were first asked for: no thread of theirs came along.
+bool is_fork() {
+  static const pid_t first = ::getpid();
+  return ::getpid() != first;
+}
+
 class TbbExecutor final : public Executor {
  public:
-  TbbExecutor(i32 threads, Affinity affinity) : arena_(threads > 0 ? threads : tbb::task_arena::automatic) {
+  TbbExecutor(i32 threads, Affinity affinity)
+      : arena_(is_fork() ? 1 : startable(threads > 0 ? threads : tbb::info::default_concurrency())) {
+    if (is_fork()) return;
     // oneTBB's pool ends at the machine's cores unless told otherwise, and says so on stderr.
-    if (threads > tbb::info::default_concurrency()) {
-      more_threads_.emplace(tbb::global_control::max_allowed_parallelism, threads);
+    if (arena_.max_concurrency() > tbb::info::default_concurrency()) {
+      more_threads_.emplace(tbb::global_control::max_allowed_parallelism, arena_.max_concurrency());
     }
     arena_.initialize();
     if (affinity == Affinity::cores) pins_.emplace(arena_);
@@ -64,7 +91,7 @@ class TbbExecutor final : public Executor {
 
   void parallel_for(i64 count, const Task& task) override {
     if (count <= 0) return;
-    if (count == 1 || threads() == 1) {
+    if (count == 1 || threads() == 1 || is_fork()) {
       for (i64 index = 0; index < count; ++index) task(index);
       return;
     }

@@ -20,7 +20,11 @@ class Executor {
   virtual void parallel_for(i64 count, const Task& task) = 0;  // returns when task(0..count-1) have all returned
 };
 
-// A oneTBB executor of its own. Its threads sleep when there is nothing to do.
+// What callers may ask for.
+inline constexpr i32 kMostThreads = 1024;
+
+// A oneTBB executor of its own, of fewer threads where a limit on processes allows no more. Its threads sleep when
+// there is nothing to do, and do not follow a fork: in the child tasks run one after the other.
 std::unique_ptr<Executor> make_tbb_executor(i32 threads, Affinity affinity);
 
 // The process's oneTBB executor with `threads` threads (0: as many as the machine offers), placed as the

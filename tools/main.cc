@@ -10,6 +10,7 @@
 #include "backends/list.h"
 #include "command.h"
 #include "describe.h"
+#include "executor.h"
 #include "flow.h"
 #include "machine.h"
 #include "progress.h"
@@ -64,7 +65,7 @@ void add_precision(CLI::App* app, std::string* precision) {
 
 void add_threads(CLI::App* app, int* threads) {
   app->add_option("--threads", *threads, "threads to use; 0: all that the machine offers")
-      ->check(within(0, 1024))
+      ->check(within(0, kMostThreads))
       ->type_name("N")
       ->capture_default_str();
 }
@@ -165,6 +166,7 @@ int guard(const CLI::App& app, const std::vector<Command>& commands) {
   } catch (const std::bad_alloc&) {
     return report(reason_name(Reason::out_of_memory), "an allocation failed");
   } catch (const std::exception& error) {
+    if (std::ferror(stdout) != 0) return report(reason_name(Reason::write_failed), kUnwritable);
     return report(reason_name(Reason::internal), error.what());
   }
 }

@@ -97,9 +97,10 @@ Choices read_choices(const Keywords& given) {
   choices.threads = given.get("threads", 0);
   choices.batch_invariant = given.get("batch_invariant", false);
   choices.tuning = read_tuning(given);
-  if (choices.max_tokens < 1 || choices.threads < 0) {
-    throw Error(Reason::argument_invalid, fmt::format("max_tokens is {} and threads {}, expected at least 1 and 0",
-                                                      choices.max_tokens, choices.threads));
+  if (choices.max_tokens < 1 || choices.threads < 0 || choices.threads > kMostThreads) {
+    throw Error(Reason::argument_invalid,
+                fmt::format("max_tokens is {} and threads {}, expected at least 1 and 0 to {}", choices.max_tokens,
+                            choices.threads, kMostThreads));
   }
   return choices;
 }

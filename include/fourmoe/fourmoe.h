@@ -150,7 +150,7 @@ typedef struct fourmoe_options {
   const char* backend;              /* "auto" (also null), or "cpu", "reference", or on a GPU "sm90" */
   int32_t precision;                /* fourmoe_precision */
   int32_t max_tokens;               /* of one pass, longer calls are split; sizes the workspace; 0: 1024 */
-  int32_t threads;                  /* 0: all; ignored with an executor */
+  int32_t threads;                  /* 0 to 1024, 0: all; ignored with an executor */
   const fourmoe_executor* executor; /* null: a pool of the library. Copied; context and run outlive the layer */
   const char* device;               /* "host" (also null), or "cuda:0", "cuda:1", ...: where the layer lives */
   int32_t batch_invariant;          /* 1: a token's bits do not depend on how many others a call has */

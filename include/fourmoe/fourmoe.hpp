@@ -38,7 +38,7 @@ struct Options {
   std::string backend = "auto";
   fourmoe_precision precision = FOURMOE_W4A16;
   std::int32_t max_tokens = 0;                 // of one pass; 0: the library's default
-  std::int32_t threads = 0;                    // 0: all
+  std::int32_t threads = 0;                    // 0 to 1024, 0: all
   const fourmoe_executor* executor = nullptr;  // a thread pool of the host program; see fourmoe_executor
   std::string device = "host";                 // or "cuda:0", ...
   bool batch_invariant = false;                // a token's bits do not depend on how many others a call has

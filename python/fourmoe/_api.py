@@ -23,7 +23,7 @@ def load(path: Union[str, "os.PathLike[str]"], layer: Union[int, None] = None, *
         "w4a8_int8" (activations quantised to int8 in groups of 32 columns: lossy, 1 to 2 % off, never chosen unasked).
     max_tokens: most tokens of one pass; longer calls are split. It sizes the workspace.
     plan: "auto", or the name of a backend ("cpu", "reference", on a GPU "sm90"), which must then compute everything.
-    threads: most threads that compute; 0: all. FOURMOE_AFFINITY=cores in the environment keeps each on a core.
+    threads: most threads that compute, 0 to 1024; 0: all. FOURMOE_AFFINITY=cores in the environment keeps each on a core.
     batch_invariant: no bit of a token's output depends on how many others the call has; costs the smallest calls on a
         GPU up to a fifth of their time, and nothing on a CPU, where it holds anyway.
     tuning: on a GPU, the file of choices that `fourmoe tune` measured; None: the one that FOURMOE_TUNING or the user's

@@ -120,6 +120,10 @@ TEST(Api, ComputesWithInt8ActivationsWhereAskedTo) {
   options.precision = static_cast<fourmoe_precision>(3);
   expect_error("argument_invalid", "options.precision is 3, expected 0 to 2",
                [&] { fourmoe::Layer::create(weights.desc, options); });
+  options.precision = FOURMOE_W4A16;
+  options.threads = 1025;
+  expect_error("argument_invalid", "options.threads is 1025, expected 0 to 1024",
+               [&] { fourmoe::Layer::create(weights.desc, options); });
 }
 
 // Code 6 (0x7), scale 1 (0x38) and input_scale 1/12 are tokens of 0.5, as the layer itself quantises them. inter_scale
