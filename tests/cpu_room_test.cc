@@ -518,6 +518,25 @@ TEST_P(CpuRoom, Int8TokensOfEveryMagnitude) {
   }
 }
 
+// At every level, as the reference and GPUs take them.
+TEST_P(CpuRoom, AnInfiniteF16IsTheLargest) {
+  for (const Precision precision : {Precision::w4a16, Precision::w4a8_int8}) {
+    for (const u16 sign : {u16{0}, u16{0x8000}}) {
+      cases::Spec spec = spec_of(80, 48, 20);
+      spec.problem.precision = precision;
+      spec.hidden = spec.problem.activations = Dtype::f16;
+      Stages large(spec), infinite(spec);
+      const auto put = [&](Stages* s, u16 half) { std::memcpy(s->call.hidden.data() + 2 * (3 * 80 + 71), &half, 2); };
+      put(&large, sign | 0x7bff), put(&infinite, sign | 0x7c00);
+      for (Stages* s : {&large, &infinite}) s->gemm1(how()), s->gemm2(how());
+      for (i64 slot = 0; slot < large.slots(); ++slot) {
+        ASSERT_EQ(0, std::memcmp(&infinite.partial[slot * 80], &large.partial[slot * 80], 4 * 80)) << slot;
+        ASSERT_TRUE(std::isfinite(infinite.partial[slot * 80]));
+      }
+    }
+  }
+}
+
 // A token that is not finite gives NaN in its own slots, through a zero weight too, and changes no bit of the others.
 TEST_P(CpuRoom, Int8TokensThatAreNotFinite) {
   for (const u16 bad : {u16{0x7fc0}, u16{0xffc1}, u16{0x7f80}, u16{0xff80}}) {

@@ -70,6 +70,12 @@ FOURMOE_HD u16 to_f16_saturated(f32 value) {
   return to_f16(value);
 }
 
+// An infinity as the largest f16, as to_f16_saturated would have stored it.
+FOURMOE_HD f32 from_f16_saturated(u16 half) {
+  if ((half & 0x7fffu) == 0x7c00u) return (half & 0x8000u) != 0 ? -65504.0f : 65504.0f;
+  return from_f16(half);
+}
+
 // E4M3 ("fn": no infinities): 1 sign, 4 exponent (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN; largest 448.
 FOURMOE_HD f32 from_e4m3(u8 byte) {
   const u32 magnitude = byte & 0x7fu;

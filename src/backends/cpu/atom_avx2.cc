@@ -74,10 +74,13 @@ struct Lanes {
     const U packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
-  static void f16(std::uint16_t* p, F value) {
+  // What f16 holds; NaNs stay.
+  static F within_f16(F value) {
     const F limit = _mm256_set1_ps(65504.0f);
-    const F within = max(_mm256_sub_ps(zero(), limit), min(limit, value));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT));
+    return max(_mm256_sub_ps(zero(), limit), min(limit, value));
+  }
+  static void f16(std::uint16_t* p, F value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(within_f16(value), _MM_FROUND_TO_NEAREST_INT));
   }
 };
 
@@ -95,8 +98,8 @@ float widen_bf16(const Row& row, std::int32_t blocks, std::byte* out, std::int64
 float widen_f16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
   for (std::int32_t b = 0; b < blocks; ++b, out += stride) {
     float* x = reinterpret_cast<float*>(out);
-    _mm256_store_ps(x, _mm256_cvtph_ps(load_halves(row.values + 32 * b)));
-    _mm256_store_ps(x + 8, _mm256_cvtph_ps(load_halves(row.values + 32 * b + 16)));
+    _mm256_store_ps(x, Lanes::within_f16(_mm256_cvtph_ps(load_halves(row.values + 32 * b))));
+    _mm256_store_ps(x + 8, Lanes::within_f16(_mm256_cvtph_ps(load_halves(row.values + 32 * b + 16))));
   }
   return 1.0f;
 }

@@ -73,10 +73,13 @@ struct Lanes {
     const U kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));  // a NaN stays one
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
   }
-  static void f16(std::uint16_t* p, F value) {
+  // What f16 holds; NaNs stay.
+  static F within_f16(F value) {
     const F limit = _mm512_set1_ps(65504.0f);
-    const F within = max(_mm512_sub_ps(zero(), limit), min(limit, value));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT));
+    return max(_mm512_sub_ps(zero(), limit), min(limit, value));
+  }
+  static void f16(std::uint16_t* p, F value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(within_f16(value), _MM_FROUND_TO_NEAREST_INT));
   }
 };
 
@@ -90,7 +93,7 @@ float widen_bf16(const Row& row, std::int32_t blocks, std::byte* out, std::int64
 
 float widen_f16(const Row& row, std::int32_t blocks, std::byte* out, std::int64_t stride) {
   for (std::int32_t b = 0; b < blocks; ++b)
-    _mm512_store_ps(out + b * stride, _mm512_cvtph_ps(load_halves(row.values + 32 * b)));
+    _mm512_store_ps(out + b * stride, Lanes::within_f16(_mm512_cvtph_ps(load_halves(row.values + 32 * b))));
   return 1.0f;
 }
 

@@ -32,7 +32,7 @@ f32 whole_bf16(const Row& row, i32 blocks, std::byte* out, i64 stride) {
 }
 
 f32 whole_f16(const Row& row, i32 blocks, std::byte* out, i64 stride) {
-  return whole<format::from_f16>(row, blocks, out, stride);
+  return whole<format::from_f16_saturated>(row, blocks, out, stride);
 }
 
 const Atom* atom_int8(CpuLevel level) {

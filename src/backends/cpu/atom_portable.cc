@@ -98,7 +98,8 @@ void scale_rows(const Sums& s) {
 namespace fourmoe::cpu {
 
 const Atom* atom_portable() {
-  static constexpr Atom kAtom = make_atom("plain C++ on f32 tokens", widen<format::from_bf16>, widen<format::from_f16>);
+  static constexpr Atom kAtom =
+      make_atom("plain C++ on f32 tokens", widen<format::from_bf16>, widen<format::from_f16_saturated>);
   return &kAtom;
 }
 

@@ -154,7 +154,11 @@ FOURMOE_INLINE __m512 from_bf16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-FOURMOE_INLINE __m512 from_f16(__m256i bits) { return _mm512_cvtph_ps(bits); }
+// An infinity as the largest f16; NaNs stay.
+FOURMOE_INLINE __m512 from_f16(__m256i bits) {
+  const __m512 limit = _mm512_set1_ps(65504.0f), negative = _mm512_set1_ps(-65504.0f);
+  return _mm512_max_ps(negative, _mm512_min_ps(limit, _mm512_cvtph_ps(bits)));
+}
 
 // format::quantise_int8 of a group: two blocks, of which the second may be zeros. Half its scale.
 FOURMOE_INLINE float half_scale(__m512 first, __m512 second) {
