@@ -331,6 +331,16 @@ TEST(QuantizeCheckpoint, RefusesIncompleteExperts) {
   two.erase(two.begin(), two.begin() + 3);
   write_small(scratch / "no_first", two);
   expect_refusal(scratch / "no_first", scratch / "out", options(), Reason::tensor_missing, "no expert 0");
+  two = small("experts", kGated, 2);
+  std::erase_if(two, [](const Owned& tensor) { return tensor.name.find("1.gate_proj") != std::string::npos; });
+  write_small(scratch / "no_gate", two);
+  expect_refusal(scratch / "no_gate", scratch / "out", options(), Reason::tensor_missing,
+                 "has no gate projection, expert 0 has one");
+  write_small(scratch / "fewer", small("experts", kGated, 2));
+  write_file(scratch / "fewer" / "config.json",
+             R"({"model_type":"qwen3_moe","hidden_size":64,"moe_intermediate_size":32,"num_experts":3,)"
+             R"("num_experts_per_tok":2,"hidden_act":"silu"})");
+  expect_refusal(scratch / "fewer", scratch / "out", options(), Reason::tensor_missing, "2 experts, num_experts of");
   std::vector<Owned> misfit = small("experts", kGated);
   misfit[1].shape = {48, 32};
   write_small(scratch / "misfit", misfit);

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "checkpoint/config.h"
 #include "checkpoint/folder.h"
 #include "checkpoint/json.h"
 #include "checkpoint/quantize_output.h"
@@ -328,6 +329,21 @@ void check_full_recipe(const std::string& family) {
                           known, quote(family)));
 }
 
+// What the configuration says of the experts, where it is of a family and form that layers are read of.
+void check_experts(const Source& source, const QuantizePlan& plan) {
+  Config config;
+  try {
+    config = parse_config(source.config, "config.json");
+  } catch (const Error&) {
+    return;
+  }
+  for (const auto& [prefix, count] : plan.experts) {
+    if (count == config.experts) continue;
+    throw Error(Reason::tensor_missing, fmt::format("{} has {} experts, {} of config.json says {}", quote(prefix),
+                                                    count, config.experts_key, config.experts));
+  }
+}
+
 }  // namespace
 
 QuantizeResult quantize(const fs::path& in, const fs::path& out, const QuantizeOptions& options) {
@@ -336,7 +352,9 @@ QuantizeResult quantize(const fs::path& in, const fs::path& out, const QuantizeO
     const fs::path target = settle(out);
     check_output(source.folder, target, options.force);
     if (!options.experts_only) check_full_recipe(source.family);
-    return Job(source, plan_quantisation(source.shards, !options.experts_only), options).run(target);
+    QuantizePlan plan = plan_quantisation(source.shards, !options.experts_only);
+    check_experts(source, plan);
+    return Job(source, std::move(plan), options).run(target);
   } catch (const fs::filesystem_error& error) {
     throw Error(Reason::write_failed, error.what());
   }

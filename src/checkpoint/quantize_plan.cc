@@ -264,12 +264,18 @@ class Planner {
   void share_globals() {
     for (const auto& [prefix, experts] : experts_) {
       i32 next = 0;
+      plan_.experts[prefix] = static_cast<i32>(experts.size());
       for (const auto& [index, expert] : experts) {
         if (index != next++) {
           throw Error(Reason::tensor_missing,
                       fmt::format("{} has expert {} but no expert {}", quote(prefix), index, next - 1));
         }
         check_expert(prefix, index, expert);
+        if (expert.contains(Role::gate) != experts.begin()->second.contains(Role::gate)) {
+          const bool lacks = experts.begin()->second.contains(Role::gate);
+          throw Error(Reason::tensor_missing, fmt::format("expert {} of {} has no gate projection, expert {} has one",
+                                                          lacks ? index : 0, quote(prefix), lacks ? 0 : index));
+        }
         if (expert.contains(Role::gate)) share({expert.at(Role::gate), expert.at(Role::up)});
         else share({expert.at(Role::up)});
         share({expert.at(Role::down)});

@@ -32,6 +32,7 @@ struct QuantizePlan {
   std::vector<ShardPlan> shards;
   std::vector<std::vector<std::pair<std::size_t, std::size_t>>> globals;  // global -> (shard, target) that share it
   i64 layers = 0;
+  std::map<std::string, i32> experts;  // of each layer, by the prefix of their names
 };
 
 // What one input file holds.
