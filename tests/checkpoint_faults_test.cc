@@ -172,6 +172,12 @@ const std::vector<Fault> kFaults = {
      [](ModelFiles* f) { f->add_f32("model.layers.0.mlp.gate.e_score_correction_bias", {4}, kNan); },
      Reason::value_not_finite,
      {"e_score_correction_bias", "nan at [0]"}},
+    {"nan_router",
+     [](ModelFiles* f) {
+       f->add("model.layers.0.mlp.gate.weight", "BF16", {4, 32}, 0xff);
+     },
+     Reason::value_not_finite,
+     {"model.layers.0.mlp.gate.weight", "nan at [0, 0]"}},
     {"pre_quant_scale",
      [](ModelFiles* f) { f->add(kExpert1 + "up_proj.pre_quant_scale", "BF16", {32}, 0); },
      Reason::encoding_unsupported,

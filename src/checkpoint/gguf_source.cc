@@ -92,7 +92,7 @@ class GgufSource final : public LayerSource {
     Layer out;
     out.owner = owned;
     load_experts(layer, executor, owned.get(), &out);
-    load_router(layer, &out);
+    load_router(layer, owned.get(), &out);
     if (find(layer, "ffn_up_shexp.weight") != nullptr && config_.latent == 0) {
       load_shared(layer, executor, owned.get(), &out);
     }
@@ -323,7 +323,7 @@ class GgufSource final : public LayerSource {
                             layer, problem.hidden, problem.inter));
   }
 
-  Matrix view_dense(Entry named, i64 rows, i64 cols) const {
+  Matrix read_dense(Entry named, i64 rows, i64 cols, Owned* owned) const {
     const auto encoding = encoding_of(named->second.type);
     const bool flat = rows == 1 && named->second.shape == std::vector<i64>{cols};
     if (!encoding || format::is_fp4(*encoding) || (!flat && named->second.shape != std::vector<i64>{rows, cols})) {
@@ -338,10 +338,10 @@ class GgufSource final : public LayerSource {
     out.rows = static_cast<i32>(rows);
     out.cols = static_cast<i32>(cols);
     out.data_stride = format::row_bytes(*encoding, cols);
-    return out;
+    return copy_dense(out, where(named), owned);
   }
 
-  void load_router(i32 layer, Layer* out) const {
+  void load_router(i32 layer, Owned* owned, Layer* out) const {
     for (const std::string_view name : {"exp_probs_b.bias", "exp_probs_b"}) {
       const Entry bias = find(layer, name);
       if (bias == nullptr) continue;
@@ -350,8 +350,11 @@ class GgufSource final : public LayerSource {
     }
     const Entry router = find(layer, "ffn_gate_inp.weight");
     if (router == nullptr || config_.latent > 0) return;
-    out->router = view_dense(router, config_.experts, config_.hidden);
-    if (const Entry bias = find(layer, "ffn_gate_inp.bias")) out->router_bias = read_vector(bias, {config_.experts});
+    out->router = read_dense(router, config_.experts, config_.hidden, owned);
+    if (const Entry bias = find(layer, "ffn_gate_inp.bias")) {
+      out->router_bias = read_vector(bias, {config_.experts});
+      check_finite(out->router_bias, where(bias));
+    }
   }
 
   void load_shared(i32 layer, Executor& executor, Owned* owned, Layer* out) const {
@@ -361,7 +364,7 @@ class GgufSource final : public LayerSource {
     check_sizes(layer, shared.problem);
     shared.expert = load_all(stacks, executor, owned, nullptr).at(0);
     const Entry gate = find(layer, "ffn_gate_inp_shexp.weight");
-    if (gate != nullptr) shared.gate = view_dense(gate, 1, config_.hidden);
+    if (gate != nullptr) shared.gate = read_dense(gate, 1, config_.hidden, owned);
     out->shared = std::move(shared);
   }
 

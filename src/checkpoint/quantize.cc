@@ -355,8 +355,9 @@ QuantizeResult quantize(const fs::path& in, const fs::path& out, const QuantizeO
     QuantizePlan plan = plan_quantisation(source.shards, !options.experts_only);
     check_experts(source, plan);
     return Job(source, std::move(plan), options).run(target);
-  } catch (const fs::filesystem_error& error) {
-    throw Error(Reason::write_failed, error.what());
+  } catch (const fs::filesystem_error& error) {  // what is asked of the output reports codes; an iterator names no path
+    throw Error(Reason::file_unreadable,
+                fmt::format("{}: {}", (error.path1().empty() ? in : error.path1()).string(), error.code().message()));
   }
 }
 

@@ -253,8 +253,10 @@ class SafetensorsSource final : public LayerSource {
     }
     out->picked_by_token = layer.hash_table != nullptr;
     if (!routable(layer)) return;
-    out->router = view_dense(layer.router, experts, folder_.config.hidden, owned);
-    if (layer.router_bias != nullptr) out->router_bias = read_vector(layer.router_bias, experts);
+    out->router = read_dense(layer.router, experts, folder_.config.hidden, owned);
+    if (layer.router_bias == nullptr) return;
+    out->router_bias = read_vector(layer.router_bias, experts);
+    check_finite(out->router_bias, where(layer.router_bias));
   }
 
   void load_shared(const LayerTensors& layer, Owned* owned, Layer* out) const {
@@ -274,7 +276,7 @@ class SafetensorsSource final : public LayerSource {
     }
     check_globals(scales);
     set_scales(scales.experts[0], resolve_inputs(scales)[0], &shared.expert);
-    if (layer.shared_gate != nullptr) shared.gate = view_dense(layer.shared_gate, 1, folder_.config.hidden, owned);
+    if (layer.shared_gate != nullptr) shared.gate = read_dense(layer.shared_gate, 1, folder_.config.hidden, owned);
     out->shared = std::move(shared);
   }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 
@@ -283,7 +284,22 @@ const f32* read_bias(const Source& source, Owned* owned) {
   return out;
 }
 
-Matrix view_dense(Named named, i64 rows, i64 cols, Owned* owned) {
+Matrix copy_dense(const Matrix& dense, const std::string& name, Owned* owned) {
+  for (i64 row = 0; row < dense.rows; ++row) {
+    for (i64 col = 0; col < dense.cols; ++col) {
+      const f64 value = format::weight_at(dense, row, col);
+      if (std::isfinite(value)) continue;
+      throw Error(Reason::value_not_finite, fmt::format("{} has {} at [{}, {}]", name, value, row, col));
+    }
+  }
+  u8* bytes = owned->take_bytes(dense.rows * dense.data_stride);
+  std::memcpy(bytes, dense.data, static_cast<std::size_t>(dense.rows * dense.data_stride));
+  Matrix copy = dense;
+  copy.data = bytes;
+  return copy;
+}
+
+Matrix read_dense(Named named, i64 rows, i64 cols, Owned* owned) {
   float_dtype(named);
   if (named->second.shape != Shape{rows, cols}) refuse_shape(named, {rows, cols}, "BF16, F16 or F32");
   Matrix out;
@@ -292,8 +308,7 @@ Matrix view_dense(Named named, i64 rows, i64 cols, Owned* owned) {
   out.rows = static_cast<i32>(rows);
   out.cols = static_cast<i32>(cols);
   out.data_stride = format::row_bytes(out.encoding, cols);
-  owned->keep(named->second.file);
-  return out;
+  return copy_dense(out, where(named), owned);
 }
 
 std::vector<f32> read_vector(Named named, i64 count) {

@@ -64,8 +64,10 @@ ProjectionScales read_scales(const Source& source);
 // [rows] f32 in *owned; null without a bias.
 const f32* read_bias(const Source& source, Owned* owned);
 
-// A dense matrix [rows, cols] of bf16, f16 or f32.
-format::Matrix view_dense(Named named, i64 rows, i64 cols, Owned* owned);
+// A dense matrix [rows, cols] of bf16, f16 or f32, and a copy of such a one in *owned: calls read it long after layers
+// are made, when the file may have changed. Throws value_not_finite with `name` and the place of the first such value.
+format::Matrix read_dense(Named named, i64 rows, i64 cols, Owned* owned);
+format::Matrix copy_dense(const format::Matrix& dense, const std::string& name, Owned* owned);
 
 // A vector [count] or row [1, count] of f32, bf16 or f16, widened.
 std::vector<f32> read_vector(Named named, i64 count);

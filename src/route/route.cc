@@ -122,7 +122,9 @@ Status copy_picks(const Problem& problem, const In& in, i32 token, const Out& ou
 
 Status refuse_logits(i32 token) {
   return refuse(Reason::value_not_finite,
-                fmt::format("router_logits of token {} hold NaN or +infinity, or are all -infinity", token));
+                fmt::format("router_logits of token {} hold NaN or +infinity, or are all -infinity; a layer's own "
+                            "router makes such ones of hidden_states or of weights that are not finite",
+                            token));
 }
 
 Status refuse_id(i32 token, i32 position, i64 id, i32 experts) {
