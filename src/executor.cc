@@ -74,15 +74,25 @@ bool is_fork() {
   return ::getpid() != first;
 }
 
+// oneTBB's pool ends at the machine's cores unless told otherwise, and says so on stderr. Of several limits it takes
+// the least, so there is one: the most that was asked for.
+void allow(i32 threads) {
+  static std::mutex mutex;
+  static i32 most = tbb::info::default_concurrency();
+  static auto* limit = new std::optional<tbb::global_control>;  // outlives executors that static objects hold
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (threads <= most) return;
+  limit->reset();
+  limit->emplace(tbb::global_control::max_allowed_parallelism, threads);
+  most = threads;
+}
+
 class TbbExecutor final : public Executor {
  public:
   TbbExecutor(i32 threads, Affinity affinity)
       : arena_(is_fork() ? 1 : startable(threads > 0 ? threads : tbb::info::default_concurrency())) {
     if (is_fork()) return;
-    // oneTBB's pool ends at the machine's cores unless told otherwise, and says so on stderr.
-    if (arena_.max_concurrency() > tbb::info::default_concurrency()) {
-      more_threads_.emplace(tbb::global_control::max_allowed_parallelism, arena_.max_concurrency());
-    }
+    allow(arena_.max_concurrency());
     arena_.initialize();
     if (affinity == Affinity::cores) pins_.emplace(arena_);
   }
@@ -102,7 +112,6 @@ class TbbExecutor final : public Executor {
   }
 
  private:
-  std::optional<tbb::global_control> more_threads_;
   tbb::task_arena arena_;
   std::optional<Pins> pins_;  // ends before its arena
 };
