@@ -265,6 +265,7 @@ fourmoe_status fourmoe_checkpoint_layers(const fourmoe_checkpoint* checkpoint, i
                                          int64_t* count) {
   return guard([&] {
     require(checkpoint != nullptr && count != nullptr, "checkpoint or count is null");
+    require(capacity >= 0, fmt::format("capacity is {}, expected at least 0", capacity));
     require(layers != nullptr || capacity == 0, "layers is null");
     const std::vector<i32> found = checkpoint->value.layers();
     *count = static_cast<int64_t>(found.size());

@@ -243,10 +243,14 @@ std::tuple<nb::object, nb::object> route_logits(const nb::dict& dictionary) {
 std::tuple<nb::object, nb::object> split_gate_up(nb::handle object, i64 group, bool up_first) {
   const Array fused = host("tensor", object, 2);
   const i64 rows = fused.shape[1] / 2;
-  if (group == 0) group = rows;
-  if (fused.shape[1] % 2 != 0 || rows == 0 || group < 0 || rows % group != 0) {
+  if (fused.shape[1] % 2 != 0 || rows == 0) {
     throw Error(Reason::shape_unsupported,
-                fmt::format("tensor has {} rows, expected a positive multiple of {}", fused.shape[1], 2 * group));
+                fmt::format("tensor has {} rows, expected a positive even number", fused.shape[1]));
+  }
+  if (group == 0) group = rows;
+  if (group < 0 || rows % group != 0) {
+    throw Error(Reason::shape_unsupported,
+                fmt::format("group is {}, expected a divisor of {}, half the tensor's rows", group, rows));
   }
   const bool scales = fused.element == Element::e4m3 || fused.element == Element::e8m0;
   const Element element = scales ? Element::u8 : fused.element;

@@ -8,6 +8,7 @@
 #include "bindings/python/keywords.h"
 #include "bindings/python/py_layer.h"
 #include "bindings/python/unlocked.h"
+#include "checkpoint/views.h"
 #include "weights/stacks.h"
 
 namespace fourmoe::python {
@@ -195,6 +196,8 @@ PyLayer* pack(const nb::dict& dictionary) {
   layer.router_bias = to_vector(router_bias, layer.problem.experts);
   PyLayer::Owners owners;
   layer.router = to_router(router, layer.problem, &owners.router);
+  checkpoint::check_finite(layer.router_bias, "router_bias");
+  checkpoint::check_finite(layer.router, "router");
   owners.weights = std::move(reader.held().host);
   return new PyLayer(std::move(layer), choices, given.get<std::string>("name", "packed from tensors"),
                      std::move(owners));

@@ -220,9 +220,10 @@ FOURMOE_API void fourmoe_checkpoint_close(fourmoe_checkpoint* checkpoint); /* nu
 FOURMOE_API fourmoe_status fourmoe_checkpoint_layers(const fourmoe_checkpoint* checkpoint, int32_t* layers,
                                                      int64_t capacity, int64_t* count);
 
-/* Loads a layer, validates its scales and packs its weights for the chosen backend. options may be null. Refusals,
- * beside those of open, among others: layer_missing, scale_invalid, global_invalid, value_not_finite, no_plan,
- * not_built, device_missing. */
+/* Loads a layer, validates its scales and packs its weights for the chosen backend. The checkpoint's files are mapped:
+ * they may be renamed or removed afterwards, not written over in place. options may be null. Refusals, beside those of
+ * open, among others: layer_missing, scale_invalid, global_invalid, value_not_finite, no_plan, not_built,
+ * device_missing. */
 FOURMOE_API fourmoe_status fourmoe_layer_load(const fourmoe_checkpoint* checkpoint, int32_t layer,
                                               const fourmoe_options* options, fourmoe_layer** out);
 

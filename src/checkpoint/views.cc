@@ -285,13 +285,7 @@ const f32* read_bias(const Source& source, Owned* owned) {
 }
 
 Matrix copy_dense(const Matrix& dense, const std::string& name, Owned* owned) {
-  for (i64 row = 0; row < dense.rows; ++row) {
-    for (i64 col = 0; col < dense.cols; ++col) {
-      const f64 value = format::weight_at(dense, row, col);
-      if (std::isfinite(value)) continue;
-      throw Error(Reason::value_not_finite, fmt::format("{} has {} at [{}, {}]", name, value, row, col));
-    }
-  }
+  check_finite(dense, name);
   u8* bytes = owned->take_bytes(dense.rows * dense.data_stride);
   std::memcpy(bytes, dense.data, static_cast<std::size_t>(dense.rows * dense.data_stride));
   Matrix copy = dense;
@@ -324,6 +318,16 @@ void check_finite(const std::vector<f32>& values, const std::string& name) {
   const auto odd = std::find_if(values.begin(), values.end(), [](f32 value) { return !std::isfinite(value); });
   if (odd == values.end()) return;
   throw Error(Reason::value_not_finite, fmt::format("{} has {} at [{}]", name, *odd, odd - values.begin()));
+}
+
+void check_finite(const Matrix& dense, const std::string& name) {
+  for (i64 row = 0; row < dense.rows; ++row) {
+    for (i64 col = 0; col < dense.cols; ++col) {
+      const f64 value = format::weight_at(dense, row, col);
+      if (std::isfinite(value)) continue;
+      throw Error(Reason::value_not_finite, fmt::format("{} has {} at [{}, {}]", name, value, row, col));
+    }
+  }
 }
 
 }  // namespace fourmoe::checkpoint

@@ -65,7 +65,7 @@ ProjectionScales read_scales(const Source& source);
 const f32* read_bias(const Source& source, Owned* owned);
 
 // A dense matrix [rows, cols] of bf16, f16 or f32, and a copy of such a one in *owned: calls read it long after layers
-// are made, when the file may have changed. Throws value_not_finite with `name` and the place of the first such value.
+// are made, when the file may have changed. Throws value_not_finite.
 format::Matrix read_dense(Named named, i64 rows, i64 cols, Owned* owned);
 format::Matrix copy_dense(const format::Matrix& dense, const std::string& name, Owned* owned);
 
@@ -74,6 +74,7 @@ std::vector<f32> read_vector(Named named, i64 count);
 
 // Throws value_not_finite for the first value that is not finite. `name` says where they are from.
 void check_finite(const std::vector<f32>& values, const std::string& name);
+void check_finite(const format::Matrix& dense, const std::string& name);
 
 // `file: tensor "name"`, for messages.
 std::string where(Named named);

@@ -368,6 +368,20 @@ TEST(Api, NullPointersAreRefused) {
   EXPECT_STREQ(fourmoe_version(), "0.1.0");
 }
 
+TEST(Api, TheLayersOfACheckpointFitWhatTheCallerHas) {
+  fourmoe_checkpoint* checkpoint = nullptr;
+  ASSERT_EQ(fourmoe_checkpoint_open(FOURMOE_SOURCE_DIR "/examples/tiny-moe/nvfp4", &checkpoint), FOURMOE_OK);
+  std::int32_t layers[4] = {-7, -7, -7, -7};
+  std::int64_t count = 0;
+  EXPECT_EQ(fourmoe_checkpoint_layers(checkpoint, layers, 2, &count), FOURMOE_OK);
+  EXPECT_EQ(count, 4);
+  EXPECT_EQ(layers[1], 1);
+  EXPECT_EQ(layers[2], -7);
+  EXPECT_NE(fourmoe_checkpoint_layers(checkpoint, layers, -1, &count), FOURMOE_OK);
+  EXPECT_NE(std::string(fourmoe_last_error()).find("capacity is -1"), std::string::npos) << fourmoe_last_error();
+  fourmoe_checkpoint_close(checkpoint);
+}
+
 TEST(Api, LoadsTheShippedCheckpoint) {
   const fourmoe::Checkpoint checkpoint(FOURMOE_SOURCE_DIR "/examples/tiny-moe/nvfp4");
   EXPECT_EQ(checkpoint.layers(), (std::vector<std::int32_t>{0, 1, 2, 3}));

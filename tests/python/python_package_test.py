@@ -363,7 +363,11 @@ class Contracts(unittest.TestCase):
         nan = np.zeros(8, np.float32)
         nan[3] = np.nan
         logits = np.zeros((4, 8), np.float32)
+        router = np.zeros((8, 64), np.float16)
+        router[2, 5] = np.inf
         for words, call in [
+            (r"router has inf at \[2, 5\]", lambda: fourmoe.pack(**self.packed.arguments, router=router)),
+            (r"router_bias has nan at \[3\]", lambda: fourmoe.pack(**self.packed.arguments, router=np.ones((8, 64), np.float32), router_bias=nan)),
             ("alpha is nan, expected a finite number", lambda: fourmoe.pack(**self.packed.arguments, alpha=np.nan)),
             ("beta is inf, expected a finite number", lambda: fourmoe.pack(**self.packed.arguments, beta=np.inf)),
             ("scale is nan, expected a finite number", lambda: fourmoe.pack(**self.packed.arguments, scale=np.nan)),
@@ -561,8 +565,11 @@ class Inspection(unittest.TestCase):
             found = fourmoe.split_gate_up(fused, group, up_first)
             np.testing.assert_array_equal(found[0], gate)
             np.testing.assert_array_equal(found[1], up)
-        with self.assertRaisesRegex(ValueError, "tensor has 256 rows, expected a positive multiple of 192"):
-            fourmoe.split_gate_up(np.zeros((1, 256, 2), np.uint8), 96)
+        for group in (96, 256, -1, 2**63 - 1):
+            with self.assertRaisesRegex(ValueError, f"group is {group}, expected a divisor of 128"):
+                fourmoe.split_gate_up(np.zeros((1, 256, 2), np.uint8), group)
+        with self.assertRaisesRegex(ValueError, "tensor has 5 rows, expected a positive even number"):
+            fourmoe.split_gate_up(np.zeros((1, 5, 2), np.uint8))
 
     def test_gate_and_up_of_each_type(self):
         def split(values):
