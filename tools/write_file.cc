@@ -7,7 +7,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <regex>
+#include <string_view>
 
 #include "status.h"
 #include "temporary.h"
@@ -21,10 +21,12 @@ bool is_weights(const fs::path& file) { return file.extension() == ".safetensors
 
 // The name of a checkpoint that is cut into files, without the number of the cut; empty for others.
 std::string name_of_cut(const fs::path& file) {
-  static const std::regex kCut("(.*)-[0-9]{5}-of-[0-9]{5}");  // as safetensors and GGUF number them
-  std::smatch found;
+  constexpr std::string_view kCut = "-00000-of-00000";  // as safetensors and GGUF number them
   const std::string stem = file.stem().string();
-  return std::regex_match(stem, found, kCut) ? found[1].str() + file.extension().string() : "";
+  if (stem.size() < kCut.size()) return "";
+  std::string cut = stem.substr(stem.size() - kCut.size());
+  for (char& c : cut) c = c >= '0' && c <= '9' ? '0' : c;
+  return cut == kCut ? stem.substr(0, stem.size() - kCut.size()) + file.extension().string() : "";
 }
 
 // Whether `entry`, a file beside `file`, is of the same checkpoint: describes it, or is another cut of it.
