@@ -12,6 +12,7 @@
 #include "checkpoint/safetensors.h"
 #include "scratch.h"
 #include "status.h"
+#include "temporary.h"
 
 namespace fourmoe {
 namespace {
@@ -345,6 +346,33 @@ TEST(QuantizeCheckpoint, RefusesIncompleteExperts) {
   misfit[1].shape = {48, 32};
   write_small(scratch / "misfit", misfit);
   expect_refusal(scratch / "misfit", scratch / "out", options(), Reason::tensor_mismatch, "do not fit");
+}
+
+TEST(QuantizeCheckpoint, SaysWhichSideCannotBeReached) {
+  const Scratch scratch;
+  write_small(scratch / "in", small("experts", kGated));
+  fs::create_symlink("loop", scratch / "loop");
+  for (const bool writes : {false, true}) {
+    try {
+      checkpoint::quantize(writes ? scratch / "in" : scratch / "loop/in", scratch / (writes ? "loop/out" : "out"),
+                           options());
+      ADD_FAILURE();
+    } catch (const Error& error) {
+      EXPECT_EQ(error.reason(), writes ? Reason::write_failed : Reason::file_unreadable) << error.what();
+      EXPECT_NE(std::string(error.what()).find(writes ? "loop/out: Too many" : "loop/in: Too many"), std::string::npos)
+          << error.what();
+    }
+  }
+}
+
+// What a killed process left, here or in another container with the same numbers, is in nobody's way.
+TEST(Temporary, NamesAreHiddenAndNobodyHasThem) {
+  const fs::path one = temporary_beside("folder/model", "partial"), two = temporary_beside("folder/model", "partial");
+  EXPECT_NE(one, two);
+  EXPECT_EQ(one.parent_path(), "folder");
+  EXPECT_TRUE(one.filename().string().starts_with(".model.")) << one;
+  EXPECT_TRUE(one.filename().string().ends_with(".partial")) << one;
+  EXPECT_LE(temporary_beside(std::string(255, 'x'), "partial").string().size(), 255u);
 }
 
 TEST(QuantizeCheckpoint, RefusesTransposedStacks) {

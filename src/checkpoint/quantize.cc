@@ -355,9 +355,12 @@ QuantizeResult quantize(const fs::path& in, const fs::path& out, const QuantizeO
     QuantizePlan plan = plan_quantisation(source.shards, !options.experts_only);
     check_experts(source, plan);
     return Job(source, std::move(plan), options).run(target);
-  } catch (const fs::filesystem_error& error) {  // what is asked of the output reports codes; an iterator names no path
-    throw Error(Reason::file_unreadable,
-                fmt::format("{}: {}", (error.path1().empty() ? in : error.path1()).string(), error.code().message()));
+  } catch (const fs::filesystem_error& error) {
+    const fs::path at = error.path1().empty() ? in : error.path1();  // the input's iterator names none
+    const fs::path output = fs::absolute(out);
+    const bool writes = at == output.parent_path() || at.string().starts_with(output.string());
+    throw Error(writes ? Reason::write_failed : Reason::file_unreadable,
+                fmt::format("{}: {}", at.string(), error.code().message()));
   }
 }
 
