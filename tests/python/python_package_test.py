@@ -4,8 +4,10 @@ import gc
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import unittest
 import weakref
@@ -357,6 +359,16 @@ class Contracts(unittest.TestCase):
             thread.join()
         self.assertEqual(failures, [])
 
+
+    def test_a_packed_layer_needs_its_file_no_more(self):
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = pathlib.Path(scratch) / "copy"
+            shutil.copytree(TINY / "nvfp4", copy)
+            layer = fourmoe.load(copy, layer=0)
+            x = np.random.default_rng(3).standard_normal((5, layer.hidden)).astype(np.float32)
+            before = layer(x)  # by its own router
+            os.truncate(copy / "model.safetensors", 100)
+            np.testing.assert_array_equal(layer(x), before)
 
     def test_numbers_that_are_not_finite(self):
         x, _, _ = self.packed.tokens(4)
